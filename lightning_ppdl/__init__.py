@@ -1,0 +1,79 @@
+"""Privacy-preserving deep learning (Shokri and Shmatikov, CCS 2015) as a PyTorch Lightning strategy."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lightning_ppdl.backends import Backend as Backend
+    from lightning_ppdl.backends import connect as connect
+    from lightning_ppdl.backends.memory import close as close
+    from lightning_ppdl.backends.memory import serve as serve
+    from lightning_ppdl.callbacks import DSSGDCallback as DSSGDCallback
+    from lightning_ppdl.errors import ConfigurationError as ConfigurationError
+    from lightning_ppdl.errors import PPDLError as PPDLError
+    from lightning_ppdl.selection import LargestValues as LargestValues
+    from lightning_ppdl.selection import RandomAboveThreshold as RandomAboveThreshold
+    from lightning_ppdl.selection import Selection as Selection
+    from lightning_ppdl.server.core import ParameterServer as ParameterServer
+    from lightning_ppdl.server.download import ChangedSince as ChangedSince
+    from lightning_ppdl.server.download import DownloadCriterion as DownloadCriterion
+    from lightning_ppdl.server.download import MostRecent as MostRecent
+    from lightning_ppdl.server.download import MostUpdated as MostUpdated
+    from lightning_ppdl.server.merge import Add as Add
+    from lightning_ppdl.server.merge import MergeRule as MergeRule
+    from lightning_ppdl.server.merge import ServerMomentum as ServerMomentum
+    from lightning_ppdl.server.merge import ServerOptimizer as ServerOptimizer
+    from lightning_ppdl.server.merge import StalenessWeighted as StalenessWeighted
+    from lightning_ppdl.server.protocol import Asynchronous as Asynchronous
+    from lightning_ppdl.server.protocol import ExchangeProtocol as ExchangeProtocol
+    from lightning_ppdl.server.protocol import RandomOrder as RandomOrder
+    from lightning_ppdl.server.protocol import RoundRobin as RoundRobin
+    from lightning_ppdl.strategy import DSSGDStrategy as DSSGDStrategy
+
+# Importing this package is cheap, and pulls in neither torch nor Lightning: Hydra imports it in every
+# application of the environment to find our configuration groups.
+_HOMES = {
+    "backends": ("Backend", "connect"),
+    "backends.memory": ("close", "serve"),
+    "callbacks": ("DSSGDCallback",),
+    "errors": ("ConfigurationError", "PPDLError"),
+    "selection": ("LargestValues", "RandomAboveThreshold", "Selection"),
+    "server.core": ("ParameterServer",),
+    "server.download": ("ChangedSince", "DownloadCriterion", "MostRecent", "MostUpdated"),
+    "server.merge": ("Add", "MergeRule", "ServerMomentum", "ServerOptimizer", "StalenessWeighted"),
+    "server.protocol": ("Asynchronous", "ExchangeProtocol", "RandomOrder", "RoundRobin"),
+    "strategy": ("DSSGDStrategy",),
+}
+_EXPORTS = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
+
+__all__ = [*sorted(_EXPORTS), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
+
+
+def _register_strategy(lightning: Any) -> None:
+    from lightning_ppdl.strategy import DSSGDStrategy
+
+    lightning.strategies.StrategyRegistry.register(
+        DSSGDStrategy.strategy_name,
+        DSSGDStrategy,
+        description="Distributed selective SGD, one device",
+    )
+
+
+# Trainer(strategy="dssgd") works whichever of the two packages is imported first.
+wrapt.register_post_import_hook(_register_strategy, "pytorch_lightning")

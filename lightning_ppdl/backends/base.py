@@ -1,0 +1,69 @@
+"""What a participant needs of a connection to a parameter server."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from lightning_ppdl.records import (
+    DownloadRequest,
+    Manifest,
+    Membership,
+    Receipt,
+    ServerStatus,
+    Vector,
+)
+
+
+class Backend(ABC):
+    """One participant's connection. Updates and downloads cross it as encoded bytes.
+
+    Args:
+        url: The address it connects to, as the user wrote it.
+
+    Every method may raise :class:`~lightning_ppdl.errors.ServerUnavailableError` (try again),
+    :class:`~lightning_ppdl.errors.ServerClosedError` (do not), or the server's
+    :class:`~lightning_ppdl.errors.AdmissionError`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @abstractmethod
+    def join(self, participant: str, manifest: Manifest) -> Membership:
+        """Enter the collaboration, or come back to it."""
+
+    @abstractmethod
+    def offer_initial(self, vector: Vector) -> None:
+        """Offer the first shared parameters, float32 (P,), to a server that has none."""
+
+    @abstractmethod
+    def take_turn(self, timeout_seconds: float) -> None:
+        """Wait until this participant may start its round.
+
+        Raises:
+            TurnTimeoutError: after ``timeout_seconds``, naming who has the turn.
+        """
+
+    @abstractmethod
+    def renew_turn(self) -> None:
+        """Say that this participant is still at work on its round."""
+
+    @abstractmethod
+    def end_turn(self) -> None:
+        """Pass the turn on without an upload."""
+
+    @abstractmethod
+    def download(self, request: DownloadRequest) -> bytes:
+        """Parameters as one encoded message (:func:`lightning_ppdl.wire.decode_download`)."""
+
+    @abstractmethod
+    def upload(self, message: bytes) -> Receipt:
+        """Send one encoded update; sending the same bytes again merges nothing twice."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Take no more turns, and close the connection. Does nothing the second time."""
+
+    @abstractmethod
+    def status(self) -> ServerStatus:
+        """The server at a glance."""

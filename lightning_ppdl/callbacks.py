@@ -1,0 +1,183 @@
+"""The callback that runs a participant's rounds inside a Trainer, and holds its state."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch.optim import LBFGS, Optimizer
+
+from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.initial import Initial, initial_vector
+from lightning_ppdl.layout import ParameterLayout
+from lightning_ppdl.participant import Participant, RoundReport
+
+if TYPE_CHECKING:
+    from lightning_ppdl.strategy import DSSGDStrategy
+
+_ON_PROGRESS_BAR = ("round", "uploaded_bytes", "staleness")
+
+
+class DSSGDCallback(pl.Callback):
+    """Opens a round before its first batch and closes it after its last one.
+
+    :class:`~lightning_ppdl.DSSGDStrategy` attaches one if the user has not. A round begins (turn,
+    download) at ``on_train_batch_start`` and ends (release, upload) at ``on_train_batch_end``, before
+    validation and checkpoints; so both see the participant's own parameters after local training. An
+    epoch that is cut short ends its round at ``on_train_epoch_end``.
+
+    After each round it logs, as ``ppdl/...`` to every logger and in part to the progress bar, the
+    fields of :class:`~lightning_ppdl.participant.RoundReport`, whatever ``log_every_n_steps`` is.
+
+    Attributes:
+        reports: One report a round, of this process.
+    """
+
+    def __init__(self) -> None:
+        self.reports: list[RoundReport] = []
+        self._participant: Participant | None = None
+        self._layout: ParameterLayout | None = None
+        self._state: dict[str, Any] | None = None
+        self._steps_before_round = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not hasattr(trainer.strategy, "make_participant"):
+            raise ConfigurationError(
+                f"DSSGDCallback needs Trainer(strategy=DSSGDStrategy(...)), not "
+                f"{type(trainer.strategy).__name__}"
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = _strategy(trainer)
+        self._layout = ParameterLayout(pl_module, strategy.share, strategy.share_buffers)
+        self._participant = strategy.make_participant(self._layout)
+        if strategy.quantity == "gradient" and any(isinstance(o, LBFGS) for o in trainer.optimizers):
+            raise ConfigurationError(
+                "quantity='gradient' does not fit LBFGS, which evaluates several gradients a step; share "
+                "quantity='change'"
+            )
+        if self._state is not None:
+            self._participant.load_state_dict(self._state)
+        if self._participant.join():
+            vector = initial_vector(strategy.initial, pl_module, self._layout)
+            self._participant.offer_initial(vector)
+            rank_zero_info(
+                f"{strategy.server_url} had no parameters yet and starts from {_source(strategy.initial)}"
+            )
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        participant, layout = self._joined()
+        if not participant.in_round:
+            layout.assign(participant.begin_round(layout.flatten()))
+            self._steps_before_round = trainer.global_step
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if _strategy(trainer).quantity != "gradient":
+            return
+        participant, layout = self._joined()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if _loss_scale_overflowed(trainer, parameters):
+            return
+        layout.add_gradients(participant.gradients, parameters)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        participant, _ = self._joined()
+        length = _strategy(trainer).round_length
+        if trainer.is_last_batch if length == "epoch" else self._steps(trainer) >= length:
+            self._end_round(trainer, on_step=True)
+        else:
+            participant.keep_turn()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Only an epoch cut short (max_steps, a timer, a batch-start hook returning -1) gets here
+        # with its round open.
+        participant, _ = self._joined()
+        if participant.in_round and _strategy(trainer).round_length == "epoch":
+            self._end_round(trainer, on_step=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Training that stops in the middle of a round of n steps still shares what it did.
+        participant, _ = self._joined()
+        if participant.in_round:
+            self._end_round(trainer, on_step=None)
+
+    def leave(self) -> None:
+        """Leave the collaboration, keeping the state with which a later ``fit()`` comes back."""
+        if self._participant is not None:
+            self._state = self._participant.state_dict()
+            self._participant.leave()
+            self._participant = self._layout = None
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._state if self._participant is None else self._participant.state_dict()
+        return {} if state is None else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict or None
+
+    def _steps(self, trainer: pl.Trainer) -> int:
+        return trainer.global_step - self._steps_before_round
+
+    def _joined(self) -> tuple[Participant, ParameterLayout]:
+        assert self._participant is not None and self._layout is not None, "on_train_start() has run"
+        return self._participant, self._layout
+
+    def _end_round(self, trainer: pl.Trainer, on_step: bool | None) -> None:
+        participant, layout = self._joined()
+        if not self._steps(trainer):
+            participant.abandon_round()
+            return
+        report = participant.end_round(layout.flatten())
+        self.reports.append(report)
+        metrics = {f"ppdl/{name}": float(value) for name, value in asdict(report).items()}
+        # Lightning drops on-step metrics of steps that log_every_n_steps passes over, and a round may
+        # well end on such a step; so the loggers are written to directly.
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        if on_step is not None:
+            for name in _ON_PROGRESS_BAR:
+                key = f"ppdl/{name}"
+                trainer.lightning_module.log(
+                    key,
+                    metrics[key],
+                    prog_bar=True,
+                    logger=False,
+                    on_step=on_step,
+                    on_epoch=not on_step,
+                )
+
+
+def _strategy(trainer: pl.Trainer) -> DSSGDStrategy:
+    return cast("DSSGDStrategy", trainer.strategy)
+
+
+def _loss_scale_overflowed(trainer: pl.Trainer, parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether fp16 loss scaling is about to skip this step because a gradient overflowed."""
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return False
+    return not all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None)
+
+
+def _source(initial: Initial) -> str:
+    if initial == "own":
+        return "this module's own parameters, which left this machine un-noised (initial='own')"
+    if isinstance(initial, int):
+        return (
+            f"public seed {initial}, not from this module's values (initial='own' or a file would keep "
+            f"pretrained ones)"
+        )
+    return f"the file {initial}"

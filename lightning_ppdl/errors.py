@@ -1,0 +1,84 @@
+"""Every error this package raises on purpose, one class a cause, so that callers can tell them apart.
+
+Each message names the argument or the record at fault, its value, and what to do about it.
+"""
+
+
+class PPDLError(Exception):
+    """Base of all errors raised by this package."""
+
+
+class ConfigurationError(PPDLError, ValueError):
+    """An argument or a setting has a value that cannot work."""
+
+
+class NonFiniteUpdateError(PPDLError):
+    """The local update holds NaN or infinity: local training diverged, so nothing was uploaded."""
+
+
+class FingerprintMismatchError(PPDLError):
+    """A participant shares other parameters than the collaboration it wants to join."""
+
+
+class ServerClosedError(PPDLError):
+    """The parameter server was closed; nothing more can be exchanged with it."""
+
+
+class ServerUnavailableError(PPDLError):
+    """The exchange did not reach the parameter server; it may be tried again."""
+
+
+class TurnTimeoutError(PPDLError):
+    """The turn did not come within the time the participant was willing to wait."""
+
+
+class ParticipantFailedError(PPDLError):
+    """A simulated participant raised; the error that it raised is the ``__cause__``."""
+
+
+class AdmissionError(PPDLError):
+    """Base of the server's refusals. A refused request leaves the server's state untouched."""
+
+
+class UnknownParticipantError(AdmissionError):
+    """The participant has not joined, or is not among the members the server was given."""
+
+
+class JoinRefusedError(AdmissionError):
+    """What the participant declares at join is beyond what the server agrees to."""
+
+
+class MalformedUpdateError(AdmissionError):
+    """Indices and values do not pair up, or have the wrong type."""
+
+
+class IndexOutOfRangeError(AdmissionError):
+    """An index lies outside the shared parameter vector."""
+
+
+class UnsortedIndicesError(AdmissionError):
+    """Indices are not strictly increasing: out of order, or one of them twice."""
+
+
+class NonFiniteValueError(AdmissionError):
+    """An uploaded value is NaN or infinite."""
+
+
+class BoundExceededError(AdmissionError):
+    """An uploaded value is larger in magnitude than the agreed bound (gamma)."""
+
+
+class FractionExceededError(AdmissionError):
+    """More entries were uploaded than the agreed upload fraction (theta_u) allows."""
+
+
+class RoundSeenBeforeError(AdmissionError):
+    """An update for this round was already accepted, with other content."""
+
+
+class UnknownVersionError(AdmissionError):
+    """An update claims to be based on a version the server never served."""
+
+
+class TurnNotHeldError(AdmissionError):
+    """The participant acted outside its turn: it never took it, or its lease ran out."""

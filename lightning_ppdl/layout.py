@@ -1,0 +1,119 @@
+"""The shared tensors of a module as one flat float32 vector of shape (P,), and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.records import ParameterSpec
+
+Share = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+class ParameterLayout:
+    """Where each shared tensor lies in the flat vector; order is the module's own, and stable.
+
+    Args:
+        module: The module whose tensors are shared. Tied weights count once.
+        share: Which trainable parameters are shared: None for all of them, a name pattern such as
+            ``"*.lora_*"`` or a list of patterns (:mod:`fnmatch` syntax on dotted names), or a
+            predicate ``(name, parameter) -> bool``. Frozen parameters are never shared.
+        share_buffers: Name pattern or patterns of floating-point buffers to share as well, e.g.
+            ``"*.running_*"``; None keeps every buffer local.
+
+    Raises:
+        ConfigurationError: if nothing is left to share, or a shared tensor is not materialised or
+            not of a real floating-point type.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        share: Share = None,
+        share_buffers: str | Sequence[str] | None = None,
+    ) -> None:
+        self._module = module
+        wanted = _parameter_predicate(share)
+        self._parameter_names = [
+            name for name, p in module.named_parameters() if p.requires_grad and wanted(name, p)
+        ]
+        self._buffer_names = [
+            name
+            for name, buffer in module.named_buffers()
+            if share_buffers is not None and buffer.is_floating_point() and _matches(name, share_buffers)
+        ]
+        if not self._parameter_names + self._buffer_names:
+            trainable = [name for name, p in module.named_parameters() if p.requires_grad]
+            raise ConfigurationError(
+                f"share={share!r} picks none of the module's {len(trainable)} trainable parameters; "
+                f"their names are {', '.join(trainable[:5]) or '(none: every parameter is frozen)'}"
+                f"{', ...' if len(trainable) > 5 else ''}"
+            )
+        self.specs = tuple(_spec(name, tensor) for name, tensor in self._tensors())
+        self.size = sum(spec.size for spec in self.specs)
+        offsets = [0]
+        for spec in self.specs:
+            offsets.append(offsets[-1] + spec.size)
+        self._slices = {
+            spec.name: slice(start, end) for spec, start, end in zip(self.specs, offsets, offsets[1:])
+        }
+
+    def flatten(self) -> Tensor:
+        """Copy of the shared values: float32 (P,), on the module's device."""
+        return torch.cat([t.detach().reshape(-1).to(torch.float32) for _, t in self._tensors()])
+
+    def assign(self, vector: Tensor) -> None:
+        """Overwrite the shared values by ``vector``, float32 (P,) on any device, in place."""
+        with torch.no_grad():
+            for name, tensor in self._tensors():
+                tensor.copy_(vector[self._slices[name]].view(tensor.shape))
+
+    def add_gradients(self, total: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+        """Add the gradients of those ``parameters`` that are shared to ``total``, float32 (P,)."""
+        stepped = {id(p) for p in parameters}
+        for name, tensor in self._tensors():
+            if id(tensor) in stepped and tensor.grad is not None:
+                gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
+                total[self._slices[name]] += gradient.detach().reshape(-1)
+
+    def name_of(self, index: int) -> str:
+        """Name of the tensor that entry ``index`` of the flat vector belongs to."""
+        return next(name for name, part in self._slices.items() if part.start <= index < part.stop)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        # Looked up anew each time: moving a module to another device replaces its buffers.
+        parameters = dict(self._module.named_parameters())
+        buffers = dict(self._module.named_buffers()) if self._buffer_names else {}
+        yield from ((name, parameters[name]) for name in self._parameter_names)
+        yield from ((name, buffers[name]) for name in self._buffer_names)
+
+
+def _parameter_predicate(share: Share) -> Callable[[str, nn.Parameter], bool]:
+    if share is None:
+        return lambda name, parameter: True
+    if callable(share):
+        return share
+    patterns = share
+    return lambda name, parameter: _matches(name, patterns)
+
+
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def _spec(name: str, tensor: Tensor) -> ParameterSpec:
+    if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
+        raise ConfigurationError(
+            f"parameter {name!r} is not materialised yet (a lazy layer); run one batch through the "
+            f"module before fit(), e.g. in configure_model()"
+        )
+    if not tensor.is_floating_point():
+        raise ConfigurationError(
+            f"parameter {name!r} has dtype {tensor.dtype}; only real floating-point parameters can be "
+            f"shared. Leave it out with share=..."
+        )
+    return ParameterSpec(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))

@@ -1,0 +1,240 @@
+"""One participant's rounds: pull, train, take the change, release, push (paper, figure 3).
+
+Knows torch and the backend, not Lightning: who trains between :meth:`Participant.begin_round` and
+:meth:`Participant.end_round` is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_ppdl import wire
+from lightning_ppdl.backends import Backend
+from lightning_ppdl.errors import ServerUnavailableError, TurnNotHeldError
+from lightning_ppdl.privacy.release import Release
+from lightning_ppdl.randomness import torch_generator
+from lightning_ppdl.records import Download, DownloadRequest, Manifest, Receipt, SparseUpdate
+
+log = logging.getLogger(__name__)
+
+_RENEW_EVERY_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What one round exchanged.
+
+    Args:
+        round: Counts from 1.
+        merged: Whether the server took the update.
+        uploaded_bytes, downloaded_bytes: Sizes of the encoded messages.
+        uploaded_fraction: Released entries over all shared ones.
+        clamped_fraction: Share of the released values that the bound changed.
+        staleness: Updates of others merged in between; 0 where not merged.
+        update_norm: L2 norm of the released update.
+        exchange_seconds: Spent in download, release and upload.
+        wait_seconds: Spent waiting for the turn.
+    """
+
+    round: int
+    merged: bool
+    uploaded_bytes: int
+    downloaded_bytes: int
+    uploaded_fraction: float
+    clamped_fraction: float
+    staleness: int
+    update_norm: float
+    exchange_seconds: float
+    wait_seconds: float
+
+
+class Participant:
+    """A member of a collaboration, between its joining and its leaving.
+
+    Args:
+        name: Its name at the server.
+        backend: Its connection; joined by :meth:`join`.
+        manifest: What it shares.
+        release: The door through which updates leave.
+        download_fraction: theta_d in (0, 1].
+        seed: Of orders and samples that need no secrecy.
+        turn_timeout_seconds: The longest it waits for its turn.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backend: Backend,
+        manifest: Manifest,
+        release: Release,
+        download_fraction: float = 1.0,
+        seed: int = 0,
+        turn_timeout_seconds: float = 3600.0,
+    ) -> None:
+        self.name = name
+        self.manifest = manifest
+        self._backend = backend
+        self._release = release
+        self._download_fraction = download_fraction
+        self._seed = seed
+        self._turn_timeout_seconds = turn_timeout_seconds
+        self.round = 0
+        """The last round begun."""
+        self.in_round = False
+        self._study: str | None = None
+        self._version: int | None = None
+        self._base: Tensor | None = None
+        self._gradients: Tensor | None = None
+        self._wait_seconds = 0.0
+        self._exchange_seconds = 0.0
+        self._downloaded_bytes = 0
+        self._renewed_at = 0.0
+
+    def join(self) -> bool:
+        """Join, or join again; rounds go on after the last one that the server or this side knows.
+
+        Returns:
+            Whether the server has no parameters yet: then call :meth:`offer_initial`.
+        """
+        membership = self._backend.join(self.name, self.manifest)
+        if membership.study != self._study:
+            # Another server: what was downloaded from the old one is no base for anything here.
+            self._study, self._version, self._base = membership.study, None, None
+        self.round = max(self.round, membership.last_round)
+        return membership.needs_initial
+
+    def offer_initial(self, vector: Tensor) -> None:
+        """Offer the first shared parameters, float32 (P,): they leave as they are."""
+        self._backend.offer_initial(vector.cpu().numpy())
+
+    def begin_round(self, local: Tensor) -> Tensor:
+        """Wait for the turn and download.
+
+        Args:
+            local: float32 (P,): this participant's parameters now.
+
+        Returns:
+            float32 (P,): the parameters to start local training from, on ``local``'s device.
+        """
+        started = time.perf_counter()
+        self._backend.take_turn(self._turn_timeout_seconds)
+        self._wait_seconds = time.perf_counter() - started
+        self._renewed_at = started = time.perf_counter()
+        message = self._backend.download(DownloadRequest(self.name, self._download_fraction, self._version))
+        download = wire.decode_download(message, self.manifest.size)
+        self._base = self._overwrite(local, download)
+        self._version = download.version
+        self._downloaded_bytes = len(message)
+        self._exchange_seconds = time.perf_counter() - started
+        self.round += 1
+        self.in_round = True
+        if self.manifest.quantity == "gradient":
+            self._gradients = torch.zeros_like(self._base)
+        return self._base
+
+    @property
+    def gradients(self) -> Tensor:
+        """float32 (P,): the sum of this round's gradients, to be added to; only for that quantity."""
+        assert self._gradients is not None, "a round that shares gradients is open"
+        return self._gradients
+
+    def keep_turn(self) -> None:
+        """Give a sign of life in the middle of a round; cheap enough for every batch."""
+        now = time.perf_counter()
+        if now - self._renewed_at < _RENEW_EVERY_SECONDS:
+            return
+        self._renewed_at = now
+        try:
+            self._backend.renew_turn()
+        except TurnNotHeldError as error:
+            log.warning("round %d will not be merged: %s", self.round, error)
+
+    def end_round(self, local: Tensor) -> RoundReport:
+        """Release this round's update and upload it.
+
+        Args:
+            local: float32 (P,): this participant's parameters after local training.
+
+        Returns:
+            The round's report. An update that got lost, or that came after the turn's lease, is not
+            merged; the round counts all the same, since its update was released.
+        """
+        started = time.perf_counter()
+        assert self._base is not None and self._version is not None and self.in_round
+        delta = local - self._base if self._gradients is None else self._gradients
+        generator = torch_generator(self._seed, self.name, self.round, "selection")
+        released = self._release.release(delta, generator)
+        update = SparseUpdate(
+            self.name,
+            self.round,
+            self._version,
+            released.indices.cpu().numpy(),
+            np.ascontiguousarray(released.values.cpu().numpy()),
+        )
+        message = wire.encode_update(update, self.manifest.size)
+        receipt = self._send(message)
+        self.in_round = False
+        self._exchange_seconds += time.perf_counter() - started
+        return RoundReport(
+            round=self.round,
+            merged=receipt is not None,
+            uploaded_bytes=len(message),
+            downloaded_bytes=self._downloaded_bytes,
+            uploaded_fraction=len(update.indices) / self.manifest.size,
+            clamped_fraction=released.clamped_fraction,
+            staleness=0 if receipt is None else receipt.staleness,
+            update_norm=float(np.linalg.norm(update.values)),
+            exchange_seconds=self._exchange_seconds,
+            wait_seconds=self._wait_seconds,
+        )
+
+    def abandon_round(self) -> None:
+        """Give the turn back without uploading; the round's number is used again."""
+        if self.in_round:
+            self.in_round = False
+            self.round -= 1
+            self._backend.end_turn()
+
+    def leave(self) -> None:
+        """Leave the collaboration; :meth:`join` comes back to it."""
+        self.in_round = False
+        self._backend.leave()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives from which :meth:`load_state_dict` continues after a round's end."""
+        return {
+            "study": self._study,
+            "round": self.round,
+            "version": self._version,
+            "base": self._base,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._study, self.round = state["study"], state["round"]
+        self._version, self._base = state["version"], state["base"]
+
+    def _overwrite(self, local: Tensor, download: Download) -> Tensor:
+        values = torch.from_numpy(download.values).to(local.device)
+        if download.indices is None:
+            return values
+        # A complete download in sparse form is relative to the last one, a partial one to what the
+        # participant has made of its parameters since.
+        held = self._base if download.complete else local
+        assert held is not None
+        start = held.to(local.device, copy=True)
+        start[torch.from_numpy(download.indices).to(local.device)] = values
+        return start
+
+    def _send(self, message: bytes) -> Receipt | None:
+        try:
+            return self._backend.upload(message)
+        except (TurnNotHeldError, ServerUnavailableError) as error:
+            log.warning("participant %r: round %d was not merged: %s", self.name, self.round, error)
+            return None

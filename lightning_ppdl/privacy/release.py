@@ -1,0 +1,104 @@
+"""The one door: a local update goes in, what may leave the machine comes out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_ppdl.errors import ConfigurationError, NonFiniteUpdateError
+from lightning_ppdl.selection import Selection
+from lightning_ppdl.validation import require_positive
+
+
+@dataclass(frozen=True)
+class Released:
+    """What a release lets out, and what it did to it.
+
+    Args:
+        indices: int64 (k,), strictly increasing.
+        values: float32 (k,).
+        clamped_fraction: Share of the released values that the bound changed, 0 where none was.
+    """
+
+    indices: Tensor
+    values: Tensor
+    clamped_fraction: float
+
+
+class Release(ABC):
+    """Turns the update of a round into what is uploaded."""
+
+    bound: float | None
+    """gamma: every released value lies in [-bound, bound]; None for no bound."""
+
+    @abstractmethod
+    def release(self, delta: Tensor, generator: torch.Generator) -> Released:
+        """Release one round's update.
+
+        Args:
+            delta: float32 (P,).
+            generator: CPU generator of this participant and round.
+
+        Raises:
+            NonFiniteUpdateError: if ``delta`` holds NaN or infinity.
+        """
+
+    @abstractmethod
+    def max_fraction(self, size: int) -> float:
+        """The most that is ever released of ``size`` entries, as a fraction; checked before training.
+
+        Raises:
+            ConfigurationError: if nothing could ever be released.
+        """
+
+
+@dataclass(frozen=True)
+class PlainRelease(Release):
+    """Selection, then the bound; no noise, so it carries no privacy guarantee and claims none.
+
+    Args:
+        selection: Which entries leave.
+        bound: gamma. Values are clamped into [-bound, bound]; None leaves them as they are.
+
+    Edge cases: a zero update releases nothing; a value equal to the bound is not counted as clamped.
+    """
+
+    selection: Selection
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selection, Selection):
+            raise ConfigurationError(
+                f"selection={self.selection!r} must be a Selection, e.g. LargestValues(fraction=0.1)"
+            )
+        if self.bound is not None:
+            require_positive("bound", self.bound)
+
+    def release(self, delta: Tensor, generator: torch.Generator) -> Released:
+        require_finite(delta)
+        indices = self.selection.select(delta, generator)
+        values = delta[indices]
+        if self.bound is None or not len(values):
+            return Released(indices, values, clamped_fraction=0.0)
+        bounded = values.clamp(-self.bound, self.bound)
+        return Released(indices, bounded, clamped_fraction=float((bounded != values).float().mean()))
+
+    def max_fraction(self, size: int) -> float:
+        return self.selection.count(size) / size
+
+
+def require_finite(delta: Tensor) -> None:
+    """Raise NonFiniteUpdateError where an entry of ``delta`` is NaN or infinite."""
+    # One pass: a sum is finite only if its terms are. Sums of finite terms may overflow, so the
+    # exact test decides.
+    if torch.isfinite(delta.sum()) or torch.isfinite(delta).all():
+        return
+    bad = int((~torch.isfinite(delta)).sum())
+    raise NonFiniteUpdateError(
+        f"{bad} of {delta.numel()} entries of the local update are NaN or infinite: local training "
+        f"diverged, nothing was uploaded. Lower the learning rate or clip gradients "
+        f"(Trainer(gradient_clip_val=...))"
+    )

@@ -1,0 +1,119 @@
+"""Which entries of an update leave the participant (paper, section 5.2).
+
+A selection looks at the update's values, so *which* indices are uploaded tells something about the
+data too; see ``docs/`` on what sharing fewer values does and does not protect.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.validation import require_fraction, require_not_negative
+
+
+class Selection(ABC):
+    """Chooses at most ``fraction`` of the entries of an update.
+
+    To add one, subclass, keep a ``fraction`` and write :meth:`select`.
+    """
+
+    fraction: float
+
+    @abstractmethod
+    def select(self, delta: Tensor, generator: torch.Generator) -> Tensor:
+        """Choose entries of an update.
+
+        Args:
+            delta: float32 (P,), finite, on the participant's device.
+            generator: CPU generator of this participant and round; draw from no other.
+
+        Returns:
+            int64 (k,) strictly increasing indices on ``delta``'s device, k <= ``count(P)``.
+        """
+
+    def count(self, size: int) -> int:
+        """The most entries that may be chosen among ``size``: floor(theta_u * P), c in the paper.
+
+        Raises:
+            ConfigurationError: if that is none.
+        """
+        # The tolerance undoes binary rounding: 0.29 * 100 is 28.999999999999996.
+        count = int(self.fraction * size + 1e-6)
+        if count == 0:
+            raise ConfigurationError(
+                f"fraction={self.fraction!r} of {size} shared parameters selects none; use at least "
+                f"fraction={1 / size:.2g}"
+            )
+        return count
+
+
+@dataclass(frozen=True)
+class LargestValues(Selection):
+    """The ``fraction`` of entries with the largest magnitude (the paper's "largest values").
+
+    Args:
+        fraction: theta_u, in (0, 1].
+
+    Edge cases: entries that are exactly zero are never chosen, so a zero update selects nothing;
+    among equal magnitudes the lowest indices are chosen; ``fraction=1`` takes every non-zero entry.
+    """
+
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_fraction("fraction", self.fraction)
+
+    def select(self, delta: Tensor, generator: torch.Generator) -> Tensor:
+        magnitude = delta.abs()
+        count = self.count(delta.numel())
+        if count == delta.numel():
+            return magnitude.nonzero().squeeze(1)
+        smallest = _kth_largest(magnitude, count)
+        chosen = magnitude > smallest
+        if smallest > 0:
+            ties = (magnitude == smallest).nonzero().squeeze(1)
+            chosen[ties[: count - int(chosen.sum())]] = True
+        return chosen.nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class RandomAboveThreshold(Selection):
+    """A uniform sample among the entries whose magnitude exceeds ``threshold``.
+
+    Args:
+        fraction: theta_u, in (0, 1]: at most this share of all P entries is chosen.
+        threshold: tau, in the parameters' units, 0 or more.
+
+    Edge cases: if no entry exceeds the threshold nothing is chosen; if fewer than the fraction do,
+    all of them are; an entry equal to the threshold is not chosen.
+    """
+
+    fraction: float = 0.1
+    threshold: float = 1e-4
+
+    def __post_init__(self) -> None:
+        require_fraction("fraction", self.fraction)
+        require_not_negative("threshold", self.threshold)
+
+    def select(self, delta: Tensor, generator: torch.Generator) -> Tensor:
+        candidates = (delta.abs() > self.threshold).nonzero().squeeze(1)
+        count = self.count(delta.numel())
+        if len(candidates) <= count:
+            return candidates
+        drawn = torch.randperm(len(candidates), generator=generator)[:count]
+        return candidates[drawn.to(candidates.device)].sort().values
+
+
+def _kth_largest(magnitude: Tensor, count: int) -> Tensor:
+    if magnitude.device.type == "cpu":
+        # numpy's introselect finds one order statistic several times faster than torch.topk sorts
+        # its way there; see benchmarks/selection.py
+        place = magnitude.numel() - count
+        return torch.from_numpy(np.partition(magnitude.numpy(), place)[place : place + 1])[0]
+    return magnitude.topk(count, sorted=False).values.min()

@@ -1,0 +1,1 @@
+"""The parameter server: merges what participants release. It never sees data, nor Lightning."""

@@ -1,0 +1,64 @@
+"""What the server accepts. Each refusal has its own error, and leaves the state untouched."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_ppdl.errors import (
+    BoundExceededError,
+    FractionExceededError,
+    IndexOutOfRangeError,
+    MalformedUpdateError,
+    NonFiniteValueError,
+    UnknownVersionError,
+    UnsortedIndicesError,
+)
+from lightning_ppdl.records import Manifest, SparseUpdate
+
+
+def check_update(update: SparseUpdate, manifest: Manifest, version: int) -> None:
+    """Raise an :class:`~lightning_ppdl.errors.AdmissionError` unless ``update`` keeps to what was agreed.
+
+    Args:
+        update: What arrived.
+        manifest: What its participant declared at join.
+        version: The server's version now.
+    """
+    indices, values = update.indices, update.values
+    who = f"update of participant {update.participant!r}, round {update.round}"
+    if indices.shape != values.shape or indices.ndim != 1 or indices.dtype != np.int64:
+        raise MalformedUpdateError(
+            f"{who}: indices {indices.shape} {indices.dtype} and values {values.shape} do not pair up; "
+            f"send int64 (k,) and float32 (k,)"
+        )
+    if values.dtype != np.float32:
+        raise MalformedUpdateError(f"{who}: values have dtype {values.dtype}; send float32")
+    if not 0 <= update.base_version <= version:
+        raise UnknownVersionError(
+            f"{who}: based on version {update.base_version}, but the server is at {version}; join again"
+        )
+    if not len(indices):
+        return
+    if indices.min() < 0 or indices.max() >= manifest.size:
+        worst = int(indices.min() if indices.min() < 0 else indices.max())
+        raise IndexOutOfRangeError(f"{who}: index {worst} is outside the {manifest.size} shared parameters")
+    steps = np.diff(indices)
+    if len(steps) and steps.min() <= 0:
+        at = int(np.argmax(steps <= 0))
+        raise UnsortedIndicesError(
+            f"{who}: indices must strictly increase, but {indices[at]} is followed by {indices[at + 1]}"
+        )
+    if not np.isfinite(values).all():
+        at = int(np.argmin(np.isfinite(values)))
+        raise NonFiniteValueError(f"{who}: value {values[at]} at index {indices[at]} is not finite")
+    # Compared in float32, as the bound was applied in float32.
+    if manifest.bound is not None and (largest := np.abs(values).max()) > np.float32(manifest.bound):
+        raise BoundExceededError(
+            f"{who}: a value of magnitude {largest:g} is beyond the agreed bound {manifest.bound:g}"
+        )
+    most = int(manifest.upload_fraction * manifest.size + 1e-6)
+    if len(indices) > most:
+        raise FractionExceededError(
+            f"{who}: {len(indices)} entries are more than the agreed fraction "
+            f"{manifest.upload_fraction:g} of {manifest.size}, which is {most}"
+        )

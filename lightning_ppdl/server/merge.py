@@ -1,0 +1,140 @@
+"""Merge rules: what an upload does to the shared vector."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.records import Quantity, SparseUpdate, Vector
+from lightning_ppdl.server.store import Change
+from lightning_ppdl.validation import require_not_negative
+
+
+@dataclass(frozen=True)
+class MergeContext:
+    """What a merge rule may know besides the upload itself.
+
+    Args:
+        staleness: Updates merged since the version that the upload is based on.
+        quantity: What the upload holds: parameters' changes or gradients.
+        parameters: float32 (P,): the shared vector now. Read-only.
+    """
+
+    staleness: int
+    quantity: Quantity
+    parameters: Vector
+
+
+class MergeRule(ABC):
+    """Turns an accepted upload into a change of the shared vector.
+
+    A rule may keep state of the size of the vector, never of the number of participants; one that
+    keeps state belongs to one server.
+    """
+
+    quantities: frozenset[Quantity] = frozenset({"change"})
+    """What this rule can merge."""
+
+    @abstractmethod
+    def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
+        """What to add to the shared vector for an accepted ``update``."""
+
+
+@dataclass(frozen=True)
+class Add(MergeRule):
+    """The paper's rule: ``w_j += v`` for every uploaded pair (section 5.2).
+
+    Right where participants take turns. Under the asynchronous protocol with long rounds it diverges:
+    many full steps from the same place add up.
+    """
+
+    def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
+        return Change(update.indices, update.values)
+
+
+@dataclass(frozen=True)
+class StalenessWeighted(MergeRule):
+    """``w_j += v / (1 + staleness) ** exponent``: an update counts less the more others it missed.
+
+    Args:
+        exponent: 0 is :class:`Add`; 1 makes n participants of equal speed an average.
+
+    Source: C. Xie, S. Koyejo, I. Gupta, "Asynchronous Federated Optimization" (2019), section 4
+    (the polynomial weight).
+    """
+
+    exponent: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_not_negative("exponent", self.exponent)
+
+    def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
+        weight = np.float32((1 + context.staleness) ** -self.exponent)
+        return Change(update.indices, update.values * weight)
+
+
+class ServerMomentum(MergeRule):
+    """Heavy-ball momentum over what another rule makes of the uploads: ``m = momentum * m + change``.
+
+    Args:
+        momentum: In [0, 1); 0 is the rule itself.
+        rule: What the momentum is taken of.
+
+    Source: T.-M. H. Hsu, H. Qi, M. Brown, "Measuring the Effects of Non-Identical Data Distribution
+    for Federated Visual Classification" (2019), FedAvgM.
+    """
+
+    def __init__(self, momentum: float = 0.9, rule: MergeRule | None = None) -> None:
+        require_not_negative("momentum", momentum)
+        if momentum >= 1:
+            raise ConfigurationError(f"momentum={momentum!r} must be below 1, e.g. momentum=0.9")
+        self._momentum = np.float32(momentum)
+        self._rule = rule or Add()
+        self._velocity: Vector | None = None
+
+    def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
+        change = self._rule.merge(update, context)
+        if self._velocity is None:
+            self._velocity = np.zeros_like(context.parameters)
+        self._velocity *= self._momentum
+        self._velocity[slice(None) if change.indices is None else change.indices] += change.values
+        return Change(None, self._velocity)
+
+
+class ServerOptimizer(MergeRule):
+    """A torch optimizer at the server, stepped once an upload.
+
+    Gradients are applied as they are. A change of the parameters is a descent direction: its negative
+    is the gradient (the pseudo-gradient of S. Reddi et al., "Adaptive Federated Optimization", ICLR
+    2021). Entries that were not uploaded have gradient zero.
+
+    Args:
+        optimizer: Makes the optimizer, e.g. ``functools.partial(torch.optim.SGD, lr=0.05)``.
+    """
+
+    quantities = frozenset({"change", "gradient"})
+
+    def __init__(self, optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]) -> None:
+        self._make = optimizer
+        self._parameter: torch.nn.Parameter | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
+        if self._parameter is None or self._optimizer is None:
+            self._parameter = torch.nn.Parameter(torch.empty(len(context.parameters)))
+            self._parameter.grad = torch.empty_like(self._parameter)
+            self._optimizer = self._make([self._parameter])
+        gradient = self._parameter.grad
+        assert gradient is not None
+        gradient.zero_()
+        sign = 1 if context.quantity == "gradient" else -1
+        gradient[torch.from_numpy(update.indices)] = sign * torch.from_numpy(update.values)
+        with torch.no_grad():
+            self._parameter.copy_(torch.from_numpy(context.parameters))
+        self._optimizer.step()
+        return Change(None, self._parameter.detach().numpy() - context.parameters)

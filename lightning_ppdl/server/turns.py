@@ -1,0 +1,116 @@
+"""Whose turn it is. Turns are leases: a participant that falls silent loses its turn, and nobody waits
+for it longer than the lease."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from lightning_ppdl.server.protocol import ExchangeProtocol
+
+log = logging.getLogger(__name__)
+
+
+class Turns:
+    """The queue of turns under an exchange protocol that takes them. Not thread-safe: the server locks.
+
+    Args:
+        protocol: Orders the members in each cycle.
+        members: Names known in advance, present or not yet; others enter when they join.
+        lease_seconds: How long a turn lasts without a sign of life.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        protocol: ExchangeProtocol,
+        members: Sequence[str],
+        lease_seconds: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._protocol = protocol
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        self._roster = list(members)
+        self._silent: set[str] = set()
+        self._queue: deque[str] = deque()
+        self._cycle = 0
+        self._expires = 0.0
+        self.current: str | None = None
+        """Who has the turn, or is offered it."""
+        self.held = False
+        """Whether the current one took it."""
+
+    def enter(self, name: str) -> None:
+        """Let ``name`` take part; a newcomer's first turn comes at the end of the running cycle."""
+        if name in self._roster and name not in self._silent:
+            return
+        self._silent.discard(name)
+        if name not in self._roster:
+            self._roster.append(name)
+        if name != self.current and name not in self._queue:
+            self._queue.append(name)
+
+    def leave(self, name: str) -> None:
+        """Take ``name`` out; its turn passes on."""
+        if name in self._roster:
+            self._roster.remove(name)
+        self._silent.discard(name)
+        if name in self._queue:
+            self._queue.remove(name)
+        if name == self.current:
+            self._pass_on()
+
+    def take(self, name: str) -> bool:
+        """Whether ``name`` has the turn now; if so its lease starts."""
+        self.enter(name)
+        self.expire()
+        if self.current is None:
+            self._pass_on()
+        if self.current != name:
+            return False
+        self.held = True
+        self._expires = self._clock() + self._lease_seconds
+        return True
+
+    def renew(self, name: str) -> bool:
+        """Prolong the lease of ``name``; False if it does not hold the turn any more."""
+        self.expire()
+        if self.current != name or not self.held:
+            return False
+        self._expires = self._clock() + self._lease_seconds
+        return True
+
+    def end(self, name: str) -> None:
+        """Pass on the turn of ``name``, if it has it."""
+        if self.current == name:
+            self._pass_on()
+
+    def expire(self) -> None:
+        """Take the turn from whoever was silent for longer than the lease."""
+        while self.current is not None and self._clock() > self._expires:
+            log.warning(
+                "participant %r %s for %.0f seconds and lost its turn",
+                self.current,
+                "gave no sign of life" if self.held else "did not take its turn",
+                self._lease_seconds,
+            )
+            self._silent.add(self.current)
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        self.held = False
+        self.current = self._next()
+        self._expires = self._clock() + self._lease_seconds
+
+    def _next(self) -> str | None:
+        present = [name for name in self._roster if name not in self._silent]
+        if not self._queue and present:
+            self._queue.extend(self._protocol.order(present, self._cycle))
+            self._cycle += 1
+        while self._queue:
+            name = self._queue.popleft()
+            if name in present:
+                return name
+        return None

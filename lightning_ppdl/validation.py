@@ -1,0 +1,42 @@
+"""The few checks that most constructors share: each names the argument, its value and the range."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_ppdl.errors import ConfigurationError
+
+
+def require_fraction(name: str, value: float) -> float:
+    """Return ``value`` if it is a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ConfigurationError(f"{name}={value!r} must be a number in (0, 1], e.g. {name}=0.1")
+    return float(value)
+
+
+def require_positive(name: str, value: float) -> float:
+    """Return ``value`` if it is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigurationError(f"{name}={value!r} must be a finite number above 0")
+    return float(value)
+
+
+def require_not_negative(name: str, value: float) -> float:
+    """Return ``value`` if it is a finite number, zero or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ConfigurationError(f"{name}={value!r} must be a finite number, 0 or more")
+    return float(value)
+
+
+def require_count(name: str, value: int) -> int:
+    """Return ``value`` if it is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name}={value!r} must be a whole number, 1 or more")
+    return value
+
+
+def require_name(name: str, value: str) -> str:
+    """Return ``value`` if it is a non-empty string of printable characters."""
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise ConfigurationError(f"{name}={value!r} must be a non-empty name, e.g. {name}='clinic-a'")
+    return value
