@@ -65,13 +65,15 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS})
 
 
-def _register_strategy(lightning: Any) -> None:
-    from lightning_ppdl.strategy import DSSGDStrategy
+def _dssgd(**arguments: Any) -> "DSSGDStrategy":
+    return __getattr__("DSSGDStrategy")(**arguments)  # type: ignore[no-any-return]
 
+
+def _register_strategy(lightning: Any) -> None:
+    # A function, not the class: this runs in the middle of whatever first imported Lightning, which
+    # may be the very module that the class is made in.
     lightning.strategies.StrategyRegistry.register(
-        DSSGDStrategy.strategy_name,
-        DSSGDStrategy,
-        description="Distributed selective SGD, one device",
+        "dssgd", _dssgd, description="Distributed selective SGD, one device"
     )
 
 

@@ -285,7 +285,8 @@ class ParameterServer:
         with self.changed:
             if self._store is None:
                 raise ConfigurationError("the server has no parameters before the first participant joins")
-            return self._store.parameters.copy()
+            copied: Vector = self._store.parameters.copy()
+            return copied
 
     def status(self) -> ServerStatus:
         """Who is here, whose turn it is, and the totals. No value of any parameter."""

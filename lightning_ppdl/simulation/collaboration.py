@@ -1,0 +1,161 @@
+"""The collaborative part of a simulation: all participants' ``fit()`` calls under one scheduler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_ppdl.data import ArrayDataset, Splits, loader
+from lightning_ppdl.layout import ParameterLayout
+from lightning_ppdl.models import Classifier
+from lightning_ppdl.randomness import derive_seed, numpy_generator, torch_generator
+from lightning_ppdl.records import Receipt
+from lightning_ppdl.server.core import ParameterServer
+from lightning_ppdl.simulation.evaluation import Evaluator
+from lightning_ppdl.simulation.link import SimulatedLink
+from lightning_ppdl.simulation.results import Progress, RoundRow
+from lightning_ppdl.simulation.scheduler import Scheduler
+from lightning_ppdl.simulation.settings import Simulation
+from lightning_ppdl.strategy import DSSGDStrategy
+
+_URL = "memory://simulation"
+
+
+def participant_name(index: int) -> str:
+    """``participant-1`` for index 0."""
+    return f"participant-{index + 1}"
+
+
+class Collaboration:
+    """Builds every participant, then runs them.
+
+    Args:
+        simulation: The settings.
+        splits: The data.
+        shares: Each participant's part of the training data.
+        evaluator: Measures the server's parameters after each round.
+    """
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        splits: Splits,
+        shares: Sequence[ArrayDataset],
+        evaluator: Evaluator,
+    ) -> None:
+        self._simulation = simulation
+        self._evaluator = evaluator
+        self._scheduler = Scheduler()
+        names = [participant_name(index) for index in range(len(shares))]
+        first = simulation.make_module(splits)
+        layout = ParameterLayout(first)
+        self.parameters = layout.size
+        self._server = ParameterServer(
+            protocol=simulation.protocol,
+            merge=simulation.merge,
+            members=names,
+            criterion=simulation.criterion,
+            initial=layout.flatten().numpy(),
+            seed=simulation.seed,
+            clock=lambda: self._scheduler.now,
+        )
+        self.seconds = 0.0
+        """Wall clock of :meth:`run`, evaluation excluded."""
+        self._rows: list[RoundRow] = []
+        self._staleness: list[int] = []
+        self._merged_before_round = 0
+        self._exchanged = 0
+        self._bytes_before_round = (0, 0)
+        self._round_started = 0.0
+        for index, (name, share) in enumerate(zip(names, shares, strict=True)):
+            module = first if index == 0 else simulation.make_module(splits)
+            trainer = simulation.make_trainer(strategy=self._strategy(name))
+            self._add(name, module, trainer, share)
+
+    def run(self, progress: Progress) -> list[RoundRow]:
+        """Run all rounds of all participants; one row a round."""
+        self._progress = progress
+        started = self._round_started = time.perf_counter() - self._evaluator.seconds
+        # Modules may draw from the global generator (dropout): one seed for the whole collaboration.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self._simulation.seed, "collaboration"))
+            self._scheduler.run()
+        self.seconds = time.perf_counter() - self._evaluator.seconds - started
+        self._server.close()
+        return self._rows
+
+    @property
+    def uploads(self) -> int:
+        """Accepted uploads."""
+        return len(self._staleness)
+
+    @property
+    def staleness_mean(self) -> float:
+        """Over accepted uploads; 0 if there were none."""
+        return sum(self._staleness) / max(1, len(self._staleness))
+
+    @property
+    def staleness_max(self) -> int:
+        """Over accepted uploads; 0 if there were none."""
+        return max(self._staleness, default=0)
+
+    def _strategy(self, name: str) -> DSSGDStrategy:
+        settings = self._simulation
+        speed = numpy_generator(settings.seed, name, "speed").uniform(
+            1 - settings.speed_spread, 1 + settings.speed_spread
+        )
+        link = SimulatedLink(
+            _URL,
+            self._server,
+            self._scheduler,
+            round_seconds=1 / speed,
+            drop_probability=settings.drop_probability,
+            generator=numpy_generator(settings.seed, name, "drops"),
+            after_upload=self._after_upload,
+        )
+        return DSSGDStrategy(
+            server=link,
+            participant=name,
+            selection=settings.selection,
+            bound=settings.bound,
+            download_fraction=settings.download_fraction,
+            round_length=settings.round_length,
+            quantity=settings.quantity,
+            seed=settings.seed,
+        )
+
+    def _add(self, name: str, module: Classifier, trainer: pl.Trainer, share: ArrayDataset) -> None:
+        generator = torch_generator(self._simulation.seed, name, "shuffle")
+        batches = loader(share, self._simulation.batch_size, shuffle=True, generator=generator)
+        self._scheduler.start(name, lambda: trainer.fit(module, train_dataloaders=batches))
+
+    def _after_upload(self, receipt: Receipt | None) -> None:
+        if receipt is not None:
+            self._staleness.append(receipt.staleness)
+        self._exchanged += 1
+        if self._exchanged % self._simulation.participants == 0:
+            self._end_round()
+        accuracy = f", accuracy {self._rows[-1].accuracy:.1%}" if self._rows else ""
+        self._progress(1, f"collaboration, round {len(self._rows)}/{self._simulation.rounds}{accuracy}")
+
+    def _end_round(self) -> None:
+        ended = time.perf_counter() - self._evaluator.seconds
+        status = self._server.status()
+        uploaded, downloaded = self._bytes_before_round
+        merged = self._staleness[self._merged_before_round :]
+        self._rows.append(
+            RoundRow(
+                round=len(self._rows) + 1,
+                accuracy=self._evaluator.of_vector(torch.from_numpy(self._server.parameters())),
+                uploaded_bytes=status.uploaded_bytes - uploaded,
+                downloaded_bytes=status.downloaded_bytes - downloaded,
+                staleness_mean=sum(merged) / max(1, len(merged)),
+                seconds=ended - self._round_started,
+            )
+        )
+        self._bytes_before_round = (status.uploaded_bytes, status.downloaded_bytes)
+        self._merged_before_round = len(self._staleness)
+        self._round_started = ended

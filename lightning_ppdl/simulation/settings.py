@@ -1,0 +1,139 @@
+"""What a simulation is made of: settings, checked at construction, and what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from lightning_ppdl.data import DataSource, Splits
+from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.models import Classifier, OptimizerFactory
+from lightning_ppdl.partition import Partition
+from lightning_ppdl.privacy.release import PlainRelease
+from lightning_ppdl.randomness import derive_seed
+from lightning_ppdl.records import Quantity
+from lightning_ppdl.selection import LargestValues, Selection
+from lightning_ppdl.server.download import DownloadCriterion, MostUpdated
+from lightning_ppdl.server.merge import MergeRule
+from lightning_ppdl.server.protocol import ExchangeProtocol, RoundRobin
+from lightning_ppdl.validation import require_count, require_fraction
+
+BASELINES = ("standalone", "centralized")
+
+# One progress bar for the whole run: what each Trainer would show by itself is off by default.
+_QUIET_TRAINER: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+_DECIDED_BY = {
+    "max_epochs": "rounds",
+    "min_epochs": "rounds",
+    "max_steps": "rounds and round_length",
+    "min_steps": "rounds and round_length",
+    "max_time": "rounds",
+    "strategy": "the simulation",
+    "callbacks": "the simulation",
+}
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """N participants, each with a real Trainer and the real strategy, against the real server.
+
+    Args:
+        data: Where the examples come from.
+        partition: How the training examples are dealt out.
+        model: Makes the network from ``input_shape`` and ``classes``.
+        optimizer: Makes each participant's optimizer.
+        participants: N.
+        rounds: Rounds of each participant.
+        round_length: ``"epoch"``, or optimizer steps.
+        batch_size: Examples in a mini-batch.
+        selection, bound, quantity, download_fraction: As in :class:`~lightning_ppdl.DSSGDStrategy`.
+        protocol, merge, criterion: As in :class:`~lightning_ppdl.ParameterServer`.
+        speed_spread: In [0, 1): participants' speeds are drawn from [1 - spread, 1 + spread]; a round
+            takes 1 / speed of virtual time.
+        drop_probability: In [0, 1): chance that an upload is lost.
+        baselines: Which of ``standalone`` and ``centralized`` to run as well.
+        trainer: Further arguments of every Trainer.
+        seed: Of everything: the same seed gives identical results on the same machine.
+
+    Raises:
+        ConfigurationError: for a value that cannot work, before anything runs.
+    """
+
+    data: DataSource
+    partition: Partition
+    model: Callable[..., nn.Module]
+    optimizer: OptimizerFactory
+    participants: int = 10
+    rounds: int = 10
+    round_length: int | Literal["epoch"] = "epoch"
+    batch_size: int = 10
+    selection: Selection = field(default_factory=LargestValues)
+    bound: float | None = None
+    quantity: Quantity = "change"
+    download_fraction: float = 1.0
+    protocol: ExchangeProtocol = field(default_factory=RoundRobin)
+    merge: MergeRule | None = None
+    criterion: DownloadCriterion = field(default_factory=MostUpdated)
+    speed_spread: float = 0.5
+    drop_probability: float = 0.0
+    baselines: Sequence[str] = BASELINES
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("participants", "rounds", "batch_size"):
+            require_count(name, getattr(self, name))
+        if self.round_length != "epoch":
+            require_count("round_length", self.round_length)
+        for name in ("speed_spread", "drop_probability"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigurationError(f"{name}={value!r} must be in [0, 1)")
+        require_fraction("download.fraction", self.download_fraction)
+        PlainRelease(self.selection, self.bound)
+        if self.quantity not in ("change", "gradient"):
+            raise ConfigurationError(f"quantity={self.quantity!r} must be 'change' or 'gradient'")
+        if unknown := set(self.baselines) - set(BASELINES):
+            raise ConfigurationError(
+                f"baselines={list(self.baselines)!r}: {unknown.pop()!r} is not one of {list(BASELINES)}"
+            )
+        for name in _DECIDED_BY.keys() & self.trainer.keys():
+            raise ConfigurationError(
+                f"trainer.{name}={self.trainer[name]!r} cannot be set: {_DECIDED_BY[name]} decides it"
+            )
+
+    @property
+    def work(self) -> int:
+        """Participant-rounds of the whole run, baselines included: what progress counts up to."""
+        return self.participants * self.rounds * (1 + len(set(self.baselines)))
+
+    def make_module(self, splits: Splits) -> Classifier:
+        """A classifier with the initial parameters, which follow from the public seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, "initial"))
+            network = self.model(input_shape=splits.input_shape, classes=splits.classes)
+        return Classifier(network, self.optimizer, splits.classes)
+
+    def make_trainer(self, rounds_scale: int = 1, **decided: Any) -> pl.Trainer:
+        """A Trainer for all rounds; ``rounds_scale`` multiplies the steps of rounds counted in steps."""
+        length: dict[str, Any] = {"max_epochs": self.rounds}
+        if self.round_length != "epoch":
+            length = {"max_epochs": -1, "max_steps": self.rounds * self.round_length * rounds_scale}
+        arguments = {**_QUIET_TRAINER, **self.trainer, **length, **decided}
+        try:
+            return pl.Trainer(**arguments)
+        except TypeError as error:
+            raise ConfigurationError(f"trainer={dict(self.trainer)!r}: {error}") from error
