@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+import torch
 
 from lightning_ppdl.randomness import derive_seed
 from lightning_ppdl.simulation.baselines import run_centralized, run_standalone
@@ -24,8 +28,18 @@ def simulate(simulation: Simulation, progress: Progress = lambda done, line: Non
         ConfigurationError: for what only shows with the data at hand, before training starts.
         ParticipantFailedError: if a participant raises.
     """
-    with quiet_lightning():
+    with quiet_lightning(), _torch_threads(simulation.threads):
         return _simulate(simulation, progress)
+
+
+@contextmanager
+def _torch_threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _simulate(simulation: Simulation, progress: Progress) -> SimulationResults:

@@ -66,6 +66,8 @@ class Simulation:
         drop_probability: In [0, 1): chance that an upload is lost.
         baselines: Which of ``standalone`` and ``centralized`` to run as well.
         trainer: Further arguments of every Trainer.
+        threads: torch threads on the CPU; None leaves them as they are. One is fastest for small
+            networks, and several are far slower wherever other processes use the cores.
         seed: Of everything: the same seed gives identical results on the same machine.
 
     Raises:
@@ -91,6 +93,7 @@ class Simulation:
     drop_probability: float = 0.0
     baselines: Sequence[str] = BASELINES
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    threads: int | None = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,6 +101,8 @@ class Simulation:
             require_count(name, getattr(self, name))
         if self.round_length != "epoch":
             require_count("round_length", self.round_length)
+        if self.threads is not None:
+            require_count("threads", self.threads)
         for name in ("speed_spread", "drop_probability"):
             value = getattr(self, name)
             if not 0 <= value < 1:

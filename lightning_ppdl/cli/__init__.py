@@ -1,0 +1,44 @@
+"""The ``ppdl`` command: each subcommand is a Hydra application."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+from lightning_ppdl import __version__
+
+_COMMANDS = {"simulate": "many participants on one machine, from data to a picture of what they gain"}
+
+
+def main() -> int:
+    """Run the subcommand that the command line names; the exit status."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"ppdl {__version__}")
+        return 0
+    command = arguments[0]
+    if command not in _COMMANDS:
+        close = difflib.get_close_matches(command, _COMMANDS)
+        hint = f"did you mean {close[0]!r}?" if close else "see ppdl --help"
+        print(f"ppdl: there is no command {command!r}; {hint}", file=sys.stderr)
+        return 2
+    from lightning_ppdl.cli.simulate import run
+
+    return run(arguments[1:])
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10} {purpose}" for name, purpose in _COMMANDS.items())
+    return (
+        f"ppdl {__version__}: privacy-preserving deep learning with PyTorch Lightning\n\n"
+        f"usage: ppdl COMMAND [KEY=VALUE ...] [hydra flags]\n\ncommands:\n{commands}\n\n"
+        f"Every command is a Hydra application:\n"
+        f"  ppdl simulate --help                       its groups and settings\n"
+        f"  ppdl simulate experiment=digits            a finished collaboration in half a minute\n"
+        f"  ppdl simulate selection.fraction=0.01      change a setting\n"
+        f"  ppdl simulate --multirun seed=0,1,2        sweep\n"
+        f"  ppdl simulate --cfg job                    show the configuration, run nothing"
+    )

@@ -1,0 +1,140 @@
+"""What all subcommands share: running Hydra, and errors without its wrapping."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_ppdl.errors import ConfigurationError, ParticipantFailedError, PPDLError
+
+CONFIG_PATH = "pkg://lightning_ppdl.conf.ppdl"
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+# Nested groups are written with a slash in Hydra; their keys, which stand in the same place of the
+# configuration, with a dot. Either may be used to choose an option.
+_NESTED_GROUPS = {"download.criterion": "download/criterion"}
+
+
+def run_application(name: str, task: Callable[[DictConfig], None], arguments: Sequence[str]) -> int:
+    """Run ``task`` as the Hydra application ``name`` with the command line ``arguments``.
+
+    Returns:
+        The exit status: 0, 1 for a failed run, 2 for a configuration that cannot work, 130 for Ctrl-C.
+    """
+    wants_traceback = bool(os.environ.get(_FULL_ERROR))
+    # Hydra then raises what it would otherwise print and exit on.
+    os.environ[_FULL_ERROR] = "1"
+    application = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=name)(task)
+    try:
+        with _command_line(arguments):
+            application()
+    except ParticipantFailedError as error:
+        cause = error.__cause__
+        assert cause is not None
+        traceback.print_exception(cause)
+        return _report(name, str(error), 1)
+    except PPDLError as error:
+        if wants_traceback:
+            traceback.print_exc()
+        return _report(name, str(error), 2)
+    except (HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            traceback.print_exc()
+        return _report(name, _explain(error, arguments), 2)
+    except KeyboardInterrupt:
+        return _report(name, "interrupted", 130)
+    return 0
+
+
+def build(config: DictConfig, key: str) -> Any:
+    """Make the object that the node at ``key`` describes; None for null.
+
+    Raises:
+        ConfigurationError: what its constructor says, with the full key in front.
+    """
+    node = OmegaConf.select(config, key)
+    if node is None:
+        return None
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise ConfigurationError(f"{key}={node!r} is not one of the group's options; see --help")
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, PPDLError):
+            raise ConfigurationError(f"{key}.{cause}") from error
+        raise ConfigurationError(f"{key}: {cause or error}") from error
+
+
+@contextmanager
+def _command_line(arguments: Sequence[str]) -> Iterator[None]:
+    before = sys.argv
+    # The program's name stays: Lightning starts further processes from it.
+    sys.argv = [before[0], *(_with_slash(argument) for argument in arguments)]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _with_slash(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    return f"{_NESTED_GROUPS.get(key, key)}{equals}{value}"
+
+
+def _report(name: str, message: str, status: int) -> int:
+    print(f"ppdl {name}: {message}", file=sys.stderr)
+    return status
+
+
+def _explain(error: BaseException, arguments: Sequence[str]) -> str:
+    message = str(error).strip()
+    unknown = re.search(r"Could not override '([^']+)'", message)
+    if unknown is None:
+        unknown = re.search(r"Key '([^']+)' (?:is )?not in", message)
+    if unknown:
+        key = unknown[1]
+        given = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
+        close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}?" if close else "--cfg job shows them all."
+        return f"{given}: there is no setting {key!r}; {hint}"
+    parts = [message]
+    while error.__cause__ is not None:
+        error = error.__cause__
+        parts.append(str(error).strip())
+    lines = [
+        line
+        for line in "\n".join(parts).splitlines()
+        if not re.match(r"\s*(object_type|reference_type)=", line)
+    ]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _known_keys() -> list[str]:
+    """The keys of the configuration without the user's overrides."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("lightning_ppdl.conf.ppdl", version_base="1.3"):
+        config = compose("simulate")
+    return [*_leaves(OmegaConf.to_container(config), "")]
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[str]:
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        yield prefix + key
+        yield from _leaves(value, f"{prefix}{key}.")
