@@ -15,7 +15,7 @@ from enum import IntEnum
 import numpy as np
 import zstandard
 
-from lightning_ppdl.errors import MalformedUpdateError
+from lightning_ppdl.errors import MalformedUpdateError, UnsortedIndicesError
 from lightning_ppdl.records import Download, Indices, SparseUpdate, Vector
 
 FORMAT_VERSION = 1
@@ -68,8 +68,18 @@ def decode_download(message: bytes, size: int) -> Download:
 
 
 def encode_indices(indices: Indices) -> tuple[int, bytes]:
-    """Strictly increasing int64 indices to (bytes per gap, compressed byte planes of the gaps)."""
+    """Strictly increasing int64 indices to (bytes per gap, compressed byte planes of the gaps).
+
+    Raises:
+        UnsortedIndicesError: if they do not increase; as gaps they would arrive as other indices.
+    """
     gaps = np.diff(indices, prepend=-1) - 1
+    if gaps.min(initial=0) < 0:
+        at = int(np.argmax(gaps < 0))
+        raise UnsortedIndicesError(
+            f"indices must strictly increase from 0 or more, but number {at} is {indices[at]}"
+            f"{f' after {indices[at - 1]}' if at else ''}; Selection.select() must sort what it returns"
+        )
     largest = int(gaps.max(initial=0))
     width = max(1, (largest.bit_length() + 7) // 8)
     planes = gaps.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :width].T

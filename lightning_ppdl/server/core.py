@@ -6,6 +6,7 @@ Every backend, in memory or over a network, talks to this class and to nothing b
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
@@ -335,15 +336,17 @@ class ParameterServer:
                 f"quantity={manifest.quantity!r} cannot be merged by {type(self.merge).__name__}; serve "
                 f"{server!r} with merge=ServerOptimizer(functools.partial(torch.optim.SGD, lr=...))"
             )
-        if manifest.upload_fraction > self._upload_fraction:
+        # Written so that NaN, which is above nothing and below nothing, is refused.
+        if not 0 < manifest.upload_fraction <= self._upload_fraction:
             raise JoinRefusedError(
-                f"upload fraction {manifest.upload_fraction:g} is above what {server!r} agrees to, "
-                f"{self._upload_fraction:g}; lower selection.fraction"
+                f"upload fraction {manifest.upload_fraction:g} is not within what {server!r} agrees to, "
+                f"0 to {self._upload_fraction:g}; lower selection.fraction"
             )
-        if self._bound is not None and (manifest.bound is None or manifest.bound > self._bound):
+        limit = math.inf if self._bound is None else self._bound
+        if not 0 < (math.inf if manifest.bound is None else manifest.bound) <= limit:
             raise JoinRefusedError(
-                f"bound={manifest.bound!r} is above what {server!r} agrees to; give bound={self._bound:g} "
-                f"or less"
+                f"bound={manifest.bound!r} is not within what {server!r} agrees to, 0 to {limit:g}; give "
+                f"bound={1.0 if self._bound is None else self._bound:g}"
             )
 
     def _require_turn(self, participant: str) -> None:

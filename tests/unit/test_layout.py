@@ -1,0 +1,242 @@
+"""One flat vector for the shared tensors of a module, and what a collaboration starts from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_ppdl.errors import ConfigurationError, FingerprintMismatchError
+from lightning_ppdl.initial import initial_vector, public_initial
+from lightning_ppdl.layout import ParameterLayout
+from lightning_ppdl.records import Manifest
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = nn.Linear(1, 1)
+
+
+def names(layout: ParameterLayout) -> list[str]:
+    return [spec.name for spec in layout.specs]
+
+
+def network() -> Any:
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+@given(widths=st.lists(st.integers(1, 6), min_size=2, max_size=5), double=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_flatten_and_assign_round_trip(widths: list[int], double: bool) -> None:
+    module = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
+    module = module.double() if double else module
+    layout = ParameterLayout(module)
+    vector = torch.arange(1.0, layout.size + 1)
+    layout.assign(vector)
+    assert layout.flatten().dtype == torch.float32
+    assert torch.equal(layout.flatten(), vector)
+    # The order is the module's own, each tensor row by row.
+    assert torch.equal(torch.cat([p.detach().reshape(-1) for p in module.parameters()]).float(), vector)
+
+
+def test_flatten_is_a_copy_and_assign_keeps_the_parameters() -> None:
+    module = network()
+    layout = ParameterLayout(module)
+    before = list(module.parameters())
+    flat = layout.flatten()
+    flat += 1
+    assert not torch.equal(flat, layout.flatten())
+    layout.assign(flat)
+    flat.zero_()
+    assert layout.flatten().abs().sum() > 0
+    assert all(a is b and a.requires_grad for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_tied_weights_count_once() -> None:
+    module = Tied()
+    layout = ParameterLayout(module)
+    assert names(layout) == ["embed.weight", "scale.weight", "scale.bias"]
+    assert layout.size == 17
+    layout.assign(torch.arange(17.0))
+    assert torch.equal(module.head.weight, torch.arange(15.0).reshape(5, 3))
+
+
+def test_non_contiguous_and_scalar_parameters() -> None:
+    module = nn.Module()
+    module.register_parameter("turned", nn.Parameter(torch.arange(6.0).reshape(2, 3).t()))
+    module.register_parameter("scalar", nn.Parameter(torch.tensor(7.0)))
+    layout = ParameterLayout(module)
+    assert layout.flatten().tolist() == [0, 3, 1, 4, 2, 5, 7]
+    layout.assign(torch.arange(7.0))
+    assert layout.flatten().tolist() == list(range(7))
+    assert [layout.name_of(i) for i in (0, 5, 6)] == ["turned", "turned", "scalar"]
+
+
+def test_frozen_parameters_stay_local() -> None:
+    module = network()
+    module[0].requires_grad_(False)
+    frozen = module[0].weight.clone()
+    layout = ParameterLayout(module)
+    assert names(layout) == ["1.weight", "1.bias", "2.weight", "2.bias"]
+    layout.assign(torch.zeros(layout.size))
+    assert torch.equal(module[0].weight, frozen)
+    assert names(ParameterLayout(module, share="*")) == names(layout)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        ("2.*", ["2.weight", "2.bias"]),
+        ("*.bias", ["0.bias", "1.bias", "2.bias"]),
+        (["0.weight", "2.b*"], ["0.weight", "2.bias"]),
+        (lambda name, p: p.ndim == 2, ["0.weight", "2.weight"]),
+        (lambda name, p: name.startswith("1"), ["1.weight", "1.bias"]),
+    ],
+)
+def test_share_by_pattern_and_predicate(
+    share: str | Sequence[str] | Callable[[str, nn.Parameter], bool], expected: list[str]
+) -> None:
+    assert names(ParameterLayout(network(), share)) == expected
+
+
+def test_buffers_only_on_request() -> None:
+    module = network()
+    assert not any("running" in name for name in names(ParameterLayout(module)))
+    layout = ParameterLayout(module, share="2.*", share_buffers="*.running_*")
+    assert names(layout) == ["2.weight", "2.bias", "1.running_mean", "1.running_var"]
+    layout.assign(torch.full((layout.size,), 0.5))
+    assert module[1].running_mean.tolist() == [0.5] * 3
+    # An integer buffer is not shared, whatever the pattern.
+    assert "1.num_batches_tracked" not in names(ParameterLayout(module, share_buffers="*"))
+
+
+def test_a_share_that_picks_nothing_lists_the_names() -> None:
+    with pytest.raises(ConfigurationError, match=r"share='lora' picks none .* 0\.weight, 0\.bias"):
+        ParameterLayout(network(), "lora")
+    with pytest.raises(ConfigurationError, match="every parameter is frozen"):
+        ParameterLayout(network().requires_grad_(False))
+
+
+def test_what_cannot_be_shared_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"'0\.weight'.*not materialised"):
+        ParameterLayout(nn.Sequential(nn.LazyLinear(3)))
+    module = nn.Module()
+    module.register_parameter("phase", nn.Parameter(torch.zeros(2, dtype=torch.complex64)))
+    with pytest.raises(ConfigurationError, match=r"'phase' has dtype torch\.complex64"):
+        ParameterLayout(module)
+
+
+def test_gradients_of_the_stepped_and_shared_parameters_add_up() -> None:
+    module: Any = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 1), nn.Linear(1, 1))
+    layout = ParameterLayout(module, share=["0.*", "1.*"])
+    module(torch.tensor([1, 1, 3])).sum().backward()
+    total = torch.ones(layout.size)
+    stepped = [*module[0].parameters(), module[1].weight, module[2].weight]
+    layout.add_gradients(total, stepped)
+    expected = torch.cat(
+        [
+            module[0].weight.grad.to_dense().reshape(-1),
+            module[1].weight.grad.reshape(-1),
+            torch.zeros(1),
+        ]
+    )
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(total, 1 + expected)
+
+
+def manifest(module: nn.Module, **changes: Any) -> Manifest:
+    return Manifest(ParameterLayout(module).specs, **changes)
+
+
+@pytest.mark.parametrize(
+    ("joining", "difference"),
+    [
+        (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 9)), r"parameter 2 is '1\.weight' \[9, 3\]"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).half(), r"parameter 0 is '0\.weight' .*float16"),
+        (nn.Sequential(nn.Linear(4, 3)), r"parameter '1\.weight' \[2, 3\] exists only there"),
+        (
+            nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 1)),
+            r"parameter '2\.weight' \[1, 2\] exists only here",
+        ),
+        (nn.ModuleDict({"a": nn.Linear(4, 3)}), r"parameter 0 is 'a\.weight' .* here, '0\.weight' .* there"),
+    ],
+)
+def test_the_first_parameter_that_differs_is_named(joining: nn.Module, difference: str) -> None:
+    ours = manifest(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    with pytest.raises(FingerprintMismatchError, match=difference) as raised:
+        ours.require_same_parameters(manifest(joining), "memory://study")
+    assert "lightning_ppdl.close('memory://study')" in str(raised.value)
+
+
+def test_the_quantity_counts_and_what_is_released_does_not() -> None:
+    module = network()
+    ours = manifest(module)
+    with pytest.raises(FingerprintMismatchError, match="quantity='gradient', the others share 'change'"):
+        ours.require_same_parameters(manifest(module, quantity="gradient"), "memory://study")
+    ours.require_same_parameters(manifest(network(), upload_fraction=0.1, bound=1.0), "memory://study")
+
+
+def test_public_initial_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first, second = network(), network()
+    with torch.no_grad():
+        second[1].running_mean.fill_(7.0)
+    one, other = (public_initial(m, ParameterLayout(m), 5) for m in (first, second))
+    assert torch.equal(one, other)
+    assert torch.equal(one, public_initial(first, ParameterLayout(first), 5))
+    assert not torch.equal(one, public_initial(first, ParameterLayout(first), 6))
+    torch.manual_seed(5)
+    assert torch.equal(one, ParameterLayout(network()).flatten())
+
+
+def test_public_initial_leaves_module_and_generator_alone() -> None:
+    module = network()
+    module(torch.randn(8, 4))
+    module[0].requires_grad_(False)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    random = torch.random.get_rng_state()
+    vector = public_initial(module, ParameterLayout(module, share_buffers="*running*"), 0)
+    assert vector[-6:].tolist() == [0.0] * 3 + [1.0] * 3
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not module[0].weight.requires_grad and module[2].weight.requires_grad
+
+
+def test_public_initial_knows_attention_and_names_layers_that_cannot() -> None:
+    attention = nn.TransformerEncoderLayer(4, 2, 8)
+    vector = public_initial(attention, ParameterLayout(attention), 0)
+    assert torch.isfinite(vector).all() and vector.abs().sum() > 0
+
+    module = nn.Module()
+    module.register_parameter("token", nn.Parameter(torch.zeros(3)))
+    module.register_parameter("other", nn.Parameter(torch.zeros(3)))
+    with pytest.raises(ConfigurationError, match=r"initial=7 .*'token' and 1 more.*reset_parameters"):
+        public_initial(module, ParameterLayout(module), 7)
+
+
+def test_initial_from_a_file_and_from_the_module(tmp_path: Path) -> None:
+    source, module = network(), network()
+    path = tmp_path / "start.safetensors"
+    save_file(source.state_dict(), path)
+    layout = ParameterLayout(module, share=["0.*", "2.*"])
+    expected = ParameterLayout(source, share=["0.*", "2.*"]).flatten()
+    assert torch.equal(initial_vector(path, module, layout), expected)
+    assert torch.equal(initial_vector("own", module, layout), layout.flatten())
+    assert torch.equal(initial_vector(3, module, layout), public_initial(module, layout, 3))
+    save_file({"0.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ConfigurationError, match=r"must hold '0\.weight' of shape \[3, 4\]"):
+        initial_vector(str(path), module, layout)
+    with pytest.raises(ConfigurationError, match=r"initial='nowhere' cannot be read"):
+        initial_vector("nowhere", module, layout)
