@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from urllib.parse import SplitResult, urlsplit
 
+from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.records import (
     DownloadRequest,
     Manifest,
@@ -67,3 +69,18 @@ class Backend(ABC):
     @abstractmethod
     def status(self) -> ServerStatus:
         """The server at a glance."""
+
+
+def split_url(url: str) -> SplitResult:
+    """``urlsplit``, whose own errors name neither the argument nor what to write instead.
+
+    Raises:
+        ConfigurationError: if ``url`` is no URL at all.
+    """
+    try:
+        if isinstance(url, str):
+            return urlsplit(url)
+        problem = f"it is a {type(url).__name__}"
+    except ValueError as error:
+        problem = str(error)
+    raise ConfigurationError(f"server={url!r} must be a URL such as 'memory://study': {problem}")

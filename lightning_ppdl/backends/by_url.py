@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from urllib.parse import urlsplit
 
-from lightning_ppdl.backends.base import Backend
+from lightning_ppdl.backends.base import Backend, split_url
 from lightning_ppdl.backends.memory import MemoryBackend
 from lightning_ppdl.errors import ConfigurationError
 
@@ -21,7 +20,7 @@ def connect(url: str) -> Backend:
     Raises:
         ConfigurationError: if the URL has no scheme, an unknown one, or no name.
     """
-    parts = urlsplit(url)
+    parts = split_url(url)
     if parts.scheme == "memory":
         return MemoryBackend(url)
     for entry in entry_points(group=ENTRY_POINT_GROUP):

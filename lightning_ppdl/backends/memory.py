@@ -6,10 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from lightning_ppdl import wire
-from lightning_ppdl.backends.base import Backend
+from lightning_ppdl.backends.base import Backend, split_url
 from lightning_ppdl.errors import ConfigurationError, ServerClosedError, TurnTimeoutError
 from lightning_ppdl.records import (
     DownloadRequest,
@@ -144,7 +143,7 @@ class MemoryBackend(Backend):
 
 
 def _name(url: str) -> str:
-    parts = urlsplit(url)
+    parts = split_url(url)
     if parts.scheme != "memory" or not parts.netloc or parts.path not in ("", "/"):
         raise ConfigurationError(f"server={url!r} must have the form 'memory://NAME'")
     return parts.netloc

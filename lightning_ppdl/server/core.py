@@ -109,11 +109,11 @@ class ParameterServer:
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.protocol = protocol or Asynchronous()
-        self.merge = merge or self.protocol.default_merge()
+        self.protocol = Asynchronous() if protocol is None else protocol
         _require_kind("protocol", self.protocol, ExchangeProtocol)
+        self.merge = self.protocol.default_merge() if merge is None else merge
         _require_kind("merge", self.merge, MergeRule)
-        self.criterion = criterion or MostUpdated()
+        self.criterion = MostUpdated() if criterion is None else criterion
         _require_kind("criterion", self.criterion, DownloadCriterion)
         if members is not None:
             for name in members:
