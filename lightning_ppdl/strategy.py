@@ -21,10 +21,10 @@ from lightning_ppdl.privacy.release import PlainRelease
 from lightning_ppdl.records import Manifest, Quantity
 from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.validation import (
-    require_count,
     require_fraction,
     require_name,
     require_positive,
+    require_round_length,
 )
 
 
@@ -90,9 +90,7 @@ class DSSGDStrategy(SingleDeviceStrategy):
         )
         self.release = PlainRelease(LargestValues() if selection is None else selection, bound)
         self.download_fraction = require_fraction("download_fraction", download_fraction)
-        self.round_length = (
-            round_length if round_length == "epoch" else require_count("round_length", round_length)
-        )
+        self.round_length = require_round_length(round_length)
         if quantity not in ("change", "gradient"):
             raise ConfigurationError(f"quantity={quantity!r} must be 'change' or 'gradient'")
         if quantity == "gradient" and share_buffers is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from lightning_ppdl.errors import ConfigurationError
 
@@ -39,4 +40,13 @@ def require_name(name: str, value: str) -> str:
     """Return ``value`` if it is a non-empty string of printable characters."""
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ConfigurationError(f"{name}={value!r} must be a non-empty name, e.g. {name}='clinic-a'")
+    return value
+
+
+def require_round_length(value: int | Literal["epoch"]) -> int | Literal["epoch"]:
+    """Return ``value`` if it is ``"epoch"`` or a whole number of optimizer steps, 1 or more."""
+    if value != "epoch" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigurationError(
+            f"round_length={value!r} must be 'epoch' or a number of optimizer steps, 1 or more"
+        )
     return value

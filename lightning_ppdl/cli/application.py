@@ -25,6 +25,9 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 # configuration, with a dot. Either may be used to choose an option.
 _NESTED_GROUPS = {"download.criterion": "download/criterion"}
 
+_OPEN = "trainer."
+"""Below this key anything may be added: Lightning knows what it takes."""
+
 
 def run_application(name: str, task: Callable[[DictConfig], None], arguments: Sequence[str]) -> int:
     """Run ``task`` as the Hydra application ``name`` with the command line ``arguments``.
@@ -35,26 +38,29 @@ def run_application(name: str, task: Callable[[DictConfig], None], arguments: Se
     wants_traceback = bool(os.environ.get(_FULL_ERROR))
     # Hydra then raises what it would otherwise print and exit on.
     os.environ[_FULL_ERROR] = "1"
-    application = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=name)(task)
+    failures: list[Exception] = []
+
+    def guarded(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except Exception as error:
+            # Past Hydra, which would announce a failed job: SystemExit is the one thing it lets through.
+            failures.append(error)
+            raise SystemExit from error
+
+    application = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=name)(guarded)
     try:
         with _command_line(arguments):
             application()
-    except ParticipantFailedError as error:
-        cause = error.__cause__
-        assert cause is not None
-        traceback.print_exception(cause)
-        return _report(name, str(error), 1)
-    except PPDLError as error:
-        if wants_traceback:
-            traceback.print_exc()
-        return _report(name, str(error), 2)
+    except SystemExit:
+        if not failures:  # --help and the like
+            return 0
     except (HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
-            traceback.print_exc()
-        return _report(name, _explain(error, arguments), 2)
+        failures.append(error)
     except KeyboardInterrupt:
-        return _report(name, "interrupted", 130)
-    return 0
+        print(f"ppdl {name}: interrupted", file=sys.stderr)
+        return 130
+    return _report(name, failures[0], arguments, wants_traceback) if failures else 0
 
 
 def build(config: DictConfig, key: str) -> Any:
@@ -93,19 +99,27 @@ def _with_slash(argument: str) -> str:
     return f"{_NESTED_GROUPS.get(key, key)}{equals}{value}"
 
 
-def _report(name: str, message: str, status: int) -> int:
-    print(f"ppdl {name}: {message}", file=sys.stderr)
-    return status
+def _report(name: str, error: Exception, arguments: Sequence[str], wants_traceback: bool) -> int:
+    expected = isinstance(error, PPDLError | HydraException | OmegaConfBaseException)
+    if isinstance(error, ParticipantFailedError):
+        traceback.print_exception(error.__cause__)
+    elif wants_traceback or not expected:
+        traceback.print_exception(error)
+    explained = _explain(error, arguments) if not isinstance(error, PPDLError) else str(error)
+    print(f"ppdl {name}: {explained}", file=sys.stderr)
+    return 2 if expected and not isinstance(error, ParticipantFailedError) else 1
 
 
 def _explain(error: BaseException, arguments: Sequence[str]) -> str:
-    message = str(error).strip()
+    message = str(error).strip().partition("\nConfig search path:")[0]
     unknown = re.search(r"Could not override '([^']+)'", message)
     if unknown is None:
         unknown = re.search(r"Key '([^']+)' (?:is )?not in", message)
     if unknown:
         key = unknown[1]
         given = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
+        if key.startswith(_OPEN):
+            return f"{given}: write +{given} to pass a Trainer argument that is not among the settings"
         close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else "--cfg job shows them all."
         return f"{given}: there is no setting {key!r}; {hint}"

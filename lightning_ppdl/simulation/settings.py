@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_ppdl.data import DataSource, Splits
-from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.errors import ConfigurationError, PPDLError
 from lightning_ppdl.models import Classifier, OptimizerFactory
 from lightning_ppdl.partition import Partition
 from lightning_ppdl.privacy.release import PlainRelease
@@ -21,7 +24,7 @@ from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.server.download import DownloadCriterion, MostUpdated
 from lightning_ppdl.server.merge import MergeRule
 from lightning_ppdl.server.protocol import ExchangeProtocol, RoundRobin
-from lightning_ppdl.validation import require_count, require_fraction
+from lightning_ppdl.validation import require_count, require_fraction, require_round_length
 
 BASELINES = ("standalone", "centralized")
 
@@ -99,8 +102,7 @@ class Simulation:
     def __post_init__(self) -> None:
         for name in ("participants", "rounds", "batch_size"):
             require_count(name, getattr(self, name))
-        if self.round_length != "epoch":
-            require_count("round_length", self.round_length)
+        require_round_length(self.round_length)
         if self.threads is not None:
             require_count("threads", self.threads)
         for name in ("speed_spread", "drop_probability"):
@@ -111,14 +113,28 @@ class Simulation:
         PlainRelease(self.selection, self.bound)
         if self.quantity not in ("change", "gradient"):
             raise ConfigurationError(f"quantity={self.quantity!r} must be 'change' or 'gradient'")
+        merge = self.merge or self.protocol.default_merge()
+        if self.quantity not in merge.quantities:
+            raise ConfigurationError(
+                f"quantity={self.quantity!r} cannot be merged by {type(merge).__name__}; choose "
+                f"merge=optimizer, a ServerOptimizer with the participants' learning rate"
+            )
         if unknown := set(self.baselines) - set(BASELINES):
             raise ConfigurationError(
                 f"baselines={list(self.baselines)!r}: {unknown.pop()!r} is not one of {list(BASELINES)}"
             )
-        for name in _DECIDED_BY.keys() & self.trainer.keys():
-            raise ConfigurationError(
-                f"trainer.{name}={self.trainer[name]!r} cannot be set: {_DECIDED_BY[name]} decides it"
-            )
+        taken = inspect.signature(pl.Trainer.__init__).parameters
+        for name, value in self.trainer.items():
+            if name in _DECIDED_BY:
+                raise ConfigurationError(
+                    f"trainer.{name}={value!r} cannot be set: {_DECIDED_BY[name]} decides it"
+                )
+            if name not in taken:
+                close = difflib.get_close_matches(name, taken, n=1)
+                raise ConfigurationError(
+                    f"trainer.{name}={value!r}: Lightning's Trainer has no such argument"
+                    f"{f'; did you mean trainer.{close[0]}?' if close else ''}"
+                )
 
     @property
     def work(self) -> int:
@@ -130,15 +146,21 @@ class Simulation:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, "initial"))
             network = self.model(input_shape=splits.input_shape, classes=splits.classes)
-        return Classifier(network, self.optimizer, splits.classes)
+        module = Classifier(network, self.optimizer, splits.classes)
+        try:
+            module.configure_optimizers()
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"optimizer: {error}") from error
+        return module
 
     def make_trainer(self, rounds_scale: int = 1, **decided: Any) -> pl.Trainer:
         """A Trainer for all rounds; ``rounds_scale`` multiplies the steps of rounds counted in steps."""
         length: dict[str, Any] = {"max_epochs": self.rounds}
         if self.round_length != "epoch":
             length = {"max_epochs": -1, "max_steps": self.rounds * self.round_length * rounds_scale}
-        arguments = {**_QUIET_TRAINER, **self.trainer, **length, **decided}
         try:
-            return pl.Trainer(**arguments)
-        except TypeError as error:
-            raise ConfigurationError(f"trainer={dict(self.trainer)!r}: {error}") from error
+            return pl.Trainer(**{**_QUIET_TRAINER, **self.trainer, **length, **decided})
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            if isinstance(error, PPDLError):
+                raise
+            raise ConfigurationError(f"trainer: {error}") from error
