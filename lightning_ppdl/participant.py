@@ -91,6 +91,7 @@ class Participant:
         self._study: str | None = None
         self._version: int | None = None
         self._base: Tensor | None = None
+        self._complete = False
         self._gradients: Tensor | None = None
         self._wait_seconds = 0.0
         self._exchange_seconds = 0.0
@@ -127,17 +128,21 @@ class Participant:
         self._backend.take_turn(self._turn_timeout_seconds)
         self._wait_seconds = time.perf_counter() - started
         self._renewed_at = started = time.perf_counter()
-        message = self._backend.download(DownloadRequest(self.name, self._download_fraction, self._version))
+        # Who held a mixture so far, and asks for everything now (resumed with another theta_d), has no
+        # whole vector that changes could be sent over.
+        known = self._version if self._complete or self._download_fraction < 1 else None
+        message = self._backend.download(DownloadRequest(self.name, self._download_fraction, known))
         download = wire.decode_download(message, self.manifest.size)
         self._base = self._overwrite(local, download)
-        self._version = download.version
+        self._version, self._complete = download.version, download.complete
         self._downloaded_bytes = len(message)
         self._exchange_seconds = time.perf_counter() - started
         self.round += 1
         self.in_round = True
         if self.manifest.quantity == "gradient":
             self._gradients = torch.zeros_like(self._base)
-        return self._base
+        # A copy: local training may well happen in place.
+        return self._base.clone()
 
     @property
     def gradients(self) -> Tensor:
@@ -214,11 +219,12 @@ class Participant:
             "round": self.round,
             "version": self._version,
             "base": self._base,
+            "complete": self._complete,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._study, self.round = state["study"], state["round"]
-        self._version, self._base = state["version"], state["base"]
+        self._version, self._base, self._complete = state["version"], state["base"], state["complete"]
 
     def _overwrite(self, local: Tensor, download: Download) -> Tensor:
         values = torch.from_numpy(download.values).to(local.device)

@@ -1,0 +1,299 @@
+"""One participant's rounds, without Lightning: what it starts from, what it sends, what it survives."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_ppdl import errors
+from lightning_ppdl.backends.memory import MemoryBackend
+from lightning_ppdl.participant import Participant
+from lightning_ppdl.privacy.release import PlainRelease
+from lightning_ppdl.records import Manifest, ParameterSpec, Quantity, Receipt
+from lightning_ppdl.selection import LargestValues, RandomAboveThreshold, Selection
+from lightning_ppdl.server.core import ParameterServer
+from lightning_ppdl.server.merge import Add, ServerOptimizer
+from lightning_ppdl.server.protocol import RoundRobin
+
+SIZE = 10
+_numbers = itertools.count()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class LossyBackend(MemoryBackend):
+    """Loses the next uploads, before or after they reached the server."""
+
+    lose: list[str] = []  # noqa: RUF012
+
+    def upload(self, message: bytes) -> Receipt:
+        when = self.lose.pop(0) if self.lose else ""
+        if when == "before":
+            raise errors.ServerUnavailableError("the cable is out")
+        receipt = super().upload(message)
+        if when == "after":
+            raise errors.ServerUnavailableError("the answer got lost")
+        return receipt
+
+
+@pytest.fixture
+def server() -> ParameterServer:
+    return ParameterServer(merge=Add(), initial=np.zeros(SIZE, np.float32))
+
+
+def participant(
+    server: ParameterServer,
+    name: str = "anna",
+    fraction: float = 1.0,
+    quantity: Quantity = "change",
+    bound: float | None = None,
+    selection: Selection | None = None,
+    join: bool = True,
+) -> Participant:
+    release = PlainRelease(selection or LargestValues(1.0), bound)
+    manifest = Manifest(
+        (ParameterSpec("w", (SIZE,), "float32"),), quantity, release.max_fraction(SIZE), bound
+    )
+    backend = LossyBackend(f"memory://unit-{next(_numbers)}", server)
+    backend.lose = []
+    made = Participant(name, backend, manifest, release, fraction, turn_timeout_seconds=5.0)
+    if join:
+        made.join()
+    return made
+
+
+def lossy(member: Participant) -> LossyBackend:
+    backend = member._backend
+    assert isinstance(backend, LossyBackend)
+    return backend
+
+
+def entries(**changes: float) -> Tensor:
+    """A vector of zeros but for e.g. ``_3=1.0``."""
+    vector = torch.zeros(SIZE)
+    for index, value in changes.items():
+        vector[int(index[1:])] = value
+    return vector
+
+
+def play(member: Participant, local: Tensor, change: Tensor) -> Tensor:
+    """One round whose training adds ``change``; returns the local parameters after it."""
+    local = member.begin_round(local) + change
+    member.end_round(local)
+    return local
+
+
+def test_the_change_of_the_round_is_what_is_uploaded(server: ParameterServer) -> None:
+    anna = participant(server, bound=1.0, selection=LargestValues(0.2))
+    start = anna.begin_round(torch.full((SIZE,), 9.0))
+    assert start.tolist() == [0.0] * SIZE
+    report = anna.end_round(start + entries(_1=0.5, _2=-3.0, _3=0.25))
+    np.testing.assert_array_equal(server.parameters(), entries(_1=0.5, _2=-1.0))
+    assert (report.round, report.merged, report.staleness) == (1, True, 0)
+    assert report.uploaded_fraction == 0.2 and report.clamped_fraction == 0.5
+    assert report.update_norm == pytest.approx(1.25**0.5)
+    assert report.uploaded_bytes == server.status().uploaded_bytes
+    assert report.downloaded_bytes == server.status().downloaded_bytes
+
+
+def test_training_in_place_is_seen(server: ParameterServer) -> None:
+    anna = participant(server)
+    local = anna.begin_round(torch.zeros(SIZE))
+    local += 1.0
+    anna.end_round(local)
+    assert server.parameters().tolist() == [1.0] * SIZE
+
+
+def test_everything_downloaded_is_the_servers_vector(server: ParameterServer) -> None:
+    anna, ben = participant(server), participant(server, "ben")
+    stream = torch.Generator().manual_seed(0)
+    here, there = torch.zeros(SIZE), torch.zeros(SIZE)
+    for _ in range(8):
+        there = play(ben, there, torch.randn(SIZE, generator=stream) * entries(_2=1, _5=1))
+        start = anna.begin_round(here)
+        np.testing.assert_array_equal(start, server.parameters())
+        here = start + torch.randn(SIZE, generator=stream)
+        anna.end_round(here)
+
+
+def test_a_sparse_complete_download_starts_from_what_the_server_sent(server: ParameterServer) -> None:
+    anna, ben = participant(server, selection=LargestValues(0.1)), participant(server, "ben")
+    here = play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    play(ben, torch.zeros(SIZE), entries(_7=5.0))
+    start = anna.begin_round(here)
+    assert anna.end_round(start).downloaded_bytes < 4 * SIZE + 60
+    np.testing.assert_array_equal(start, entries(_0=1.0, _7=5.0))
+
+
+def test_a_fraction_downloaded_leaves_the_rest_local(server: ParameterServer) -> None:
+    anna, ben = participant(server, fraction=0.2, selection=LargestValues(0.1)), participant(server, "ben")
+    here = play(anna, torch.zeros(SIZE), torch.arange(1.0, SIZE + 1))
+    for _ in range(2):
+        play(ben, torch.zeros(SIZE), entries(_0=-1.0, _1=-1.0))
+    start = anna.begin_round(here)
+    expected = torch.arange(1.0, SIZE + 1)
+    expected[:2] = -2.0
+    assert start.tolist() == expected.tolist()
+    anna.end_round(start + entries(_4=0.5))
+    np.testing.assert_array_equal(server.parameters(), entries(_0=-2.0, _1=-2.0, _4=0.5, _9=10.0))
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.2, 1.0), (1.0, 0.2)])
+def test_resuming_with_another_download_fraction(server: ParameterServer, first: float, then: float) -> None:
+    anna, ben = participant(server, fraction=first, selection=LargestValues(0.1)), participant(server, "ben")
+    here = play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    here = play(anna, here, torch.ones(SIZE))
+    play(ben, torch.zeros(SIZE), entries(_8=4.0))
+    resumed = participant(server, fraction=then, join=False)
+    resumed.load_state_dict(anna.state_dict())
+    resumed.join()
+    start = resumed.begin_round(here)
+    if then == 1.0:
+        np.testing.assert_array_equal(start, server.parameters())
+    else:
+        assert start[8] == 4.0 and start[9] == here[9]
+
+
+def test_gradients_are_summed_and_sent_instead() -> None:
+    server = ParameterServer(
+        merge=ServerOptimizer(functools.partial(torch.optim.SGD, lr=0.5)),
+        initial=np.zeros(SIZE, np.float32),
+    )
+    anna = participant(server, quantity="gradient", bound=3.0)
+    for expected in ([-1.5, -1.5], [-3.0, -3.0]):
+        local = anna.begin_round(torch.zeros(SIZE))
+        for _ in range(2):
+            anna.gradients.add_(entries(_0=1.0, _3=2.0))
+        anna.gradients.add_(entries(_0=1.0))
+        # What the optimizer makes of the gradients here is not shared.
+        assert anna.end_round(local + 100).clamped_fraction == 0.5
+        assert server.parameters()[[0, 3]].tolist() == expected
+    assert np.count_nonzero(server.parameters()) == 2
+
+
+@pytest.mark.parametrize(("when", "uploads"), [("before", 2), ("after", 3)])
+def test_a_lost_upload_counts_and_the_next_round_goes_on(
+    server: ParameterServer, when: str, uploads: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    anna = participant(server)
+    local = play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    lossy(anna).lose = [when]
+    local = anna.begin_round(local) + 1.0
+    report = anna.end_round(local)
+    assert (report.round, report.merged, report.staleness) == (2, False, 0)
+    assert report.uploaded_bytes > 0 and "round 2 was not merged: " in caplog.text
+    start = anna.begin_round(local)
+    np.testing.assert_array_equal(start, server.parameters())
+    assert anna.end_round(start + 1.0).merged
+    assert server.status().uploads == uploads == server.parameters()[0]
+    assert server.status().members[0].rounds == 3
+
+
+def test_a_lease_that_ran_out_loses_the_round_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    server = ParameterServer(
+        protocol=RoundRobin(), initial=np.zeros(SIZE, np.float32), lease_seconds=10.0, clock=clock
+    )
+    anna, ben = participant(server), participant(server, "ben")
+    local = anna.begin_round(torch.zeros(SIZE)) + 1.0
+    clock.now += 11
+    there = ben.begin_round(torch.zeros(SIZE))
+    assert not anna.end_round(local).merged
+    assert "lease ran out" in caplog.text
+    assert ben.end_round(there + 3.0).merged
+    ben.leave()
+    start = anna.begin_round(local)
+    assert start.tolist() == [3.0] * SIZE
+    assert anna.end_round(start + 1.0).round == 2
+    assert server.parameters().tolist() == [4.0] * SIZE
+
+
+def test_a_sign_of_life_keeps_the_turn_and_a_late_one_only_warns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, here = Clock(), Clock()
+    monkeypatch.setattr("lightning_ppdl.participant.time.perf_counter", here)
+    server = ParameterServer(
+        protocol=RoundRobin(), initial=np.zeros(SIZE, np.float32), lease_seconds=10.0, clock=clock
+    )
+    anna = participant(server)
+    local = anna.begin_round(torch.zeros(SIZE))
+    for _ in range(30):
+        clock.now = here.now = clock.now + 2
+        anna.keep_turn()
+    assert anna.end_round(local + 1.0).merged
+    local = anna.begin_round(local)
+    clock.now = here.now = clock.now + 11
+    anna.keep_turn()
+    assert "round 2 will not be merged" in caplog.text
+    assert not anna.end_round(local).merged
+
+
+def test_abandoning_a_round_frees_the_turn_and_the_number() -> None:
+    server = ParameterServer(protocol=RoundRobin(), initial=np.zeros(SIZE, np.float32))
+    anna, ben = participant(server), participant(server, "ben")
+    local = anna.begin_round(torch.zeros(SIZE))
+    anna.abandon_round()
+    anna.abandon_round()
+    assert not anna.in_round and server.status().turn == "ben"
+    play(ben, local, entries(_0=1.0))
+    start = anna.begin_round(local)
+    assert anna.round == 1 and start[0] == 1.0
+    assert anna.end_round(start + 1.0).merged
+
+
+def test_a_new_server_is_no_place_for_old_versions(server: ParameterServer) -> None:
+    anna = participant(server)
+    local = play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    anna.leave()
+    fresh = ParameterServer(merge=Add(), initial=np.full(SIZE, 7.0, np.float32))
+    other = participant(fresh, "ben")
+    play(other, torch.zeros(SIZE), entries(_3=1.0))
+    moved = participant(fresh, join=False)
+    moved.load_state_dict(anna.state_dict())
+    moved.join()
+    start = moved.begin_round(local)
+    np.testing.assert_array_equal(start, fresh.parameters())
+    assert moved.end_round(start).round == 2
+
+
+def test_rounds_continue_after_a_restart_without_state(server: ParameterServer) -> None:
+    anna = participant(server)
+    play(anna, play(anna, torch.zeros(SIZE), torch.ones(SIZE)), torch.ones(SIZE))
+    anna.leave()
+    reborn = participant(server)
+    start = reborn.begin_round(torch.zeros(SIZE))
+    assert start.tolist() == [2.0] * SIZE and reborn.round == 3
+
+
+def test_a_diverged_round_sends_nothing(server: ParameterServer) -> None:
+    anna = participant(server)
+    local = anna.begin_round(torch.zeros(SIZE))
+    with pytest.raises(errors.NonFiniteUpdateError):
+        anna.end_round(local + float("nan"))
+    assert server.version == 0
+
+
+def test_random_selections_differ_by_round_and_participant_and_repeat() -> None:
+    def history(name: str) -> list[Any]:
+        server = ParameterServer(merge=Add(), initial=np.zeros(SIZE, np.float32))
+        anna = participant(server, name, selection=RandomAboveThreshold(0.5, 0.0))
+        result = []
+        for _ in range(4):
+            before = server.parameters()
+            play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+            result.append(tuple(np.flatnonzero(server.parameters() - before)))
+        return result
+
+    assert len(set(history("anna"))) > 1 and history("anna") == history("anna") != history("ben")
