@@ -74,6 +74,8 @@ class DSSGDCallback(pl.Callback):
         participant, layout = self._joined()
         if not participant.in_round:
             layout.assign(participant.begin_round(layout.flatten()))
+            if not layout.exact:
+                participant.started_from(layout.flatten())
             self._steps_before_round = trainer.global_step
 
     def on_before_optimizer_step(

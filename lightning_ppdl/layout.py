@@ -55,6 +55,8 @@ class ParameterLayout:
             )
         self.specs = tuple(_spec(name, tensor) for name, tensor in self._tensors())
         self.size = sum(spec.size for spec in self.specs)
+        self.exact = all(spec.dtype in ("float32", "float64") for spec in self.specs)
+        """Whether :meth:`assign` keeps a float32 vector as it is; half precision rounds it."""
         offsets = [0]
         for spec in self.specs:
             offsets.append(offsets[-1] + spec.size)

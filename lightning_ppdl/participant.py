@@ -92,6 +92,7 @@ class Participant:
         self._version: int | None = None
         self._base: Tensor | None = None
         self._complete = False
+        self._start: Tensor | None = None
         self._gradients: Tensor | None = None
         self._wait_seconds = 0.0
         self._exchange_seconds = 0.0
@@ -141,8 +142,18 @@ class Participant:
         self.in_round = True
         if self.manifest.quantity == "gradient":
             self._gradients = torch.zeros_like(self._base)
+        self._start = self._base
         # A copy: local training may well happen in place.
         return self._base.clone()
+
+    def started_from(self, local: Tensor) -> None:
+        """Say what the module holds of :meth:`begin_round`'s vector, if its precision is below float32.
+
+        Args:
+            local: float32 (P,): the parameters as rounded. The round's change is relative to them: the
+                rounding is not a change, and must not be shared as one.
+        """
+        self._start = local
 
     @property
     def gradients(self) -> Tensor:
@@ -172,8 +183,8 @@ class Participant:
             merged; the round counts all the same, since its update was released.
         """
         started = time.perf_counter()
-        assert self._base is not None and self._version is not None and self.in_round
-        delta = local - self._base if self._gradients is None else self._gradients
+        assert self._start is not None and self._version is not None and self.in_round
+        delta = local - self._start if self._gradients is None else self._gradients
         generator = torch_generator(self._seed, self.name, self.round, "selection")
         released = self._release.release(delta, generator)
         update = SparseUpdate(

@@ -64,6 +64,17 @@ def test_flatten_is_a_copy_and_assign_keeps_the_parameters() -> None:
     assert all(a is b and a.requires_grad for a, b in zip(before, module.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "exact"),
+    [(torch.float32, True), (torch.float64, True), (torch.bfloat16, False), (torch.float16, False)],
+)
+def test_exact_says_whether_the_vector_survives(dtype: torch.dtype, exact: bool) -> None:
+    layout = ParameterLayout(nn.Linear(3, 3).to(dtype))
+    vector = torch.full((12,), 1 / 3)
+    layout.assign(vector)
+    assert layout.exact == exact == torch.equal(layout.flatten(), vector)
+
+
 def test_tied_weights_count_once() -> None:
     module = Tied()
     layout = ParameterLayout(module)
