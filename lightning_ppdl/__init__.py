@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_ppdl.server.download import MostUpdated as MostUpdated
     from lightning_ppdl.server.merge import Add as Add
     from lightning_ppdl.server.merge import MergeRule as MergeRule
+    from lightning_ppdl.server.merge import Remainder as Remainder
     from lightning_ppdl.server.merge import ServerMomentum as ServerMomentum
     from lightning_ppdl.server.merge import ServerOptimizer as ServerOptimizer
     from lightning_ppdl.server.merge import StalenessWeighted as StalenessWeighted
@@ -44,7 +45,14 @@ _HOMES = {
     "selection": ("LargestValues", "RandomAboveThreshold", "Selection"),
     "server.core": ("ParameterServer",),
     "server.download": ("ChangedSince", "DownloadCriterion", "MostRecent", "MostUpdated"),
-    "server.merge": ("Add", "MergeRule", "ServerMomentum", "ServerOptimizer", "StalenessWeighted"),
+    "server.merge": (
+        "Add",
+        "MergeRule",
+        "Remainder",
+        "ServerMomentum",
+        "ServerOptimizer",
+        "StalenessWeighted",
+    ),
     "server.protocol": ("Asynchronous", "ExchangeProtocol", "RandomOrder", "RoundRobin"),
     "strategy": ("DSSGDStrategy",),
 }

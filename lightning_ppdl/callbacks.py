@@ -150,7 +150,8 @@ class DSSGDCallback(pl.Callback):
         # well end on such a step; so the loggers are written to directly.
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-        if on_step is not None:
+        # A self.log costs more than a training step of a small model; it is for eyes on the bar.
+        if on_step is not None and trainer.progress_bar_callback is not None:
             for name in _ON_PROGRESS_BAR:
                 key = f"ppdl/{name}"
                 trainer.lightning_module.log(

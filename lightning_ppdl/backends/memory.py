@@ -51,7 +51,7 @@ def close(url: str) -> None:
 
 def find(url: str) -> ParameterServer:
     """The open server under ``url``; one that nobody configured is made with the defaults
-    (asynchronous, staleness-weighted, anyone may join)."""
+    (asynchronous, its default merge rule, which converges; anyone may join)."""
     name = _name(url)
     with _lock:
         if name not in _servers or _servers[name].closed:

@@ -11,6 +11,7 @@ import torch
 
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.records import Quantity, SparseUpdate, Vector
+from lightning_ppdl.server.history import History
 from lightning_ppdl.server.store import Change
 from lightning_ppdl.validation import require_not_negative
 
@@ -76,6 +77,53 @@ class StalenessWeighted(MergeRule):
     def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
         weight = np.float32((1 + context.staleness) ** -self.exponent)
         return Change(update.indices, update.values * weight)
+
+
+class Remainder(MergeRule):
+    """What an update asks for, less what the others have done towards it since it was based.
+
+    Participants of an asynchronous collaboration start from the same place and find the same
+    directions: added up, their updates go many times too far, and averaged, not far enough. So, entry
+    by entry, for an uploaded v with staleness s:
+
+    1. Of ``reach * |v|`` only that part is applied by which the entry has not yet moved in v's
+       direction since the update's base version.
+    2. The reach is ``1 / (1 - p)``, at most ``sqrt(1 + s)``, where p in [-1, 1] is how steadily
+       uploads of this entry have agreed with the direction in which it moved before their base: the
+       sum of a geometric series of such steps.
+    3. The result is divided by ``sqrt(1 + s)``, so that no entry moves further than its upload says.
+
+    With no staleness it is :class:`Add`. It keeps P numbers and the vector's thinned past, O(log s)
+    copies of it; for vectors that fill the memory take :class:`StalenessWeighted`, which keeps nothing.
+    benchmarks/asynchronous.py compares them.
+    """
+
+    def __init__(self) -> None:
+        self._history = History()
+        self._persistence: Vector | None = None
+        self._stalest = 1
+
+    def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
+        staleness, indices = context.staleness, update.indices
+        self._stalest = max(self._stalest, staleness)
+        version = update.base_version + staleness
+        self._history.record(version, context.parameters, horizon=2 * self._stalest)
+        if self._persistence is None:
+            self._persistence = np.zeros_like(context.parameters)
+        if staleness == 0:
+            return Change(indices, update.values)
+        base = self._history.at(update.base_version, indices)
+        earlier = self._history.at(max(0, update.base_version - staleness), indices)
+        direction = np.sign(update.values)
+        agreement = direction * np.sign(base - earlier)
+        persistence = self._persistence[indices]
+        persistence += np.where(agreement != 0, agreement - persistence, 0) / np.float32(1 + staleness)
+        self._persistence[indices] = persistence
+        root = np.sqrt(np.float32(1 + staleness))
+        reach = 1 / np.maximum(1 - persistence, 1 / root)
+        done = np.maximum(direction * (context.parameters[indices] - base), 0)
+        remainder = np.maximum(reach * np.abs(update.values) - done, 0)
+        return Change(indices, direction * remainder / root)
 
 
 class ServerMomentum(MergeRule):

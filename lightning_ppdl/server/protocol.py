@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_ppdl.randomness import numpy_generator
-from lightning_ppdl.server.merge import Add, MergeRule, StalenessWeighted
+from lightning_ppdl.server.merge import Add, MergeRule, Remainder
 
 
 class ExchangeProtocol(ABC):
@@ -63,4 +63,4 @@ class Asynchronous(ExchangeProtocol):
         return members
 
     def default_merge(self) -> MergeRule:
-        return StalenessWeighted()
+        return Remainder()
