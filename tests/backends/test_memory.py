@@ -52,12 +52,11 @@ def join(url: str, name: str) -> Backend:
     return backend
 
 
-def test_a_server_that_nobody_configured_weighs_by_staleness(url: str) -> None:
+def test_a_server_that_nobody_configured_is_asynchronous(url: str) -> None:
     anna, ben = join(url, "anna"), join(url, "ben")
     anna.upload(encoded("anna"))
     assert ben.upload(encoded("ben")).staleness == 1
-    dense = anna.status()
-    assert dense.turn is None and dense.version == 2
+    assert anna.status().turn is None and anna.status().version == 2
 
 
 def test_connecting_alone_makes_no_server(url: str) -> None:

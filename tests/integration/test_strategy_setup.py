@@ -171,7 +171,7 @@ def test_by_name_the_device_is_right_too(monkeypatch: pytest.MonkeyPatch, url: s
 
 
 def test_the_callback_alone_says_what_it_needs() -> None:
-    with pytest.raises(ConfigurationError, match=r"strategy=DSSGDStrategy.*not SingleDeviceStrategy"):
+    with pytest.raises(ConfigurationError, match=r"strategy=DSSGDStrategy.*not .*SingleDeviceStrategy"):
         fit(Tiny(), callbacks=[DSSGDCallback()])
 
 
