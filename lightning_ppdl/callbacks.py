@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
@@ -12,13 +13,29 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.initial import Initial, initial_vector
-from lightning_ppdl.layout import ParameterLayout
+from lightning_ppdl.layout import ParameterLayout, Share
 from lightning_ppdl.participant import Participant, RoundReport
-
-if TYPE_CHECKING:
-    from lightning_ppdl.strategy import DSSGDStrategy
+from lightning_ppdl.records import Quantity
 
 _ON_PROGRESS_BAR = ("round", "uploaded_bytes", "staleness")
+
+
+@runtime_checkable
+class CollaboratingStrategy(Protocol):
+    """What the callback needs of the Trainer's strategy; :class:`~lightning_ppdl.DSSGDStrategy` has it."""
+
+    quantity: Quantity
+    share: Share
+    share_buffers: str | Sequence[str] | None
+    initial: Initial
+    round_length: int | Literal["epoch"]
+
+    @property
+    def server_url(self) -> str:
+        """The server's address."""
+
+    def make_participant(self, layout: ParameterLayout) -> Participant:
+        """A participant that shares what ``layout`` names, not joined yet."""
 
 
 class DSSGDCallback(pl.Callback):
@@ -44,14 +61,15 @@ class DSSGDCallback(pl.Callback):
         self._steps_before_round = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if not hasattr(trainer.strategy, "make_participant"):
+        if not isinstance(trainer.strategy, CollaboratingStrategy):
             raise ConfigurationError(
                 f"DSSGDCallback needs Trainer(strategy=DSSGDStrategy(...)), not "
                 f"{type(trainer.strategy).__name__}"
             )
+        self._strategy = trainer.strategy
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = _strategy(trainer)
+        strategy = self._strategy
         self._layout = ParameterLayout(pl_module, strategy.share, strategy.share_buffers)
         self._participant = strategy.make_participant(self._layout)
         if strategy.quantity == "gradient" and any(isinstance(o, LBFGS) for o in trainer.optimizers):
@@ -81,7 +99,7 @@ class DSSGDCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if _strategy(trainer).quantity != "gradient":
+        if self._strategy.quantity != "gradient":
             return
         participant, layout = self._joined()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -98,7 +116,7 @@ class DSSGDCallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         participant, _ = self._joined()
-        length = _strategy(trainer).round_length
+        length = self._strategy.round_length
         if trainer.is_last_batch if length == "epoch" else self._steps(trainer) >= length:
             self._end_round(trainer, on_step=True)
         else:
@@ -108,7 +126,7 @@ class DSSGDCallback(pl.Callback):
         # Only an epoch cut short (max_steps, a timer, a batch-start hook returning -1) gets here
         # with its round open.
         participant, _ = self._joined()
-        if participant.in_round and _strategy(trainer).round_length == "epoch":
+        if participant.in_round and self._strategy.round_length == "epoch":
             self._end_round(trainer, on_step=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -162,10 +180,6 @@ class DSSGDCallback(pl.Callback):
                     on_step=on_step,
                     on_epoch=not on_step,
                 )
-
-
-def _strategy(trainer: pl.Trainer) -> DSSGDStrategy:
-    return cast("DSSGDStrategy", trainer.strategy)
 
 
 def _loss_scale_overflowed(trainer: pl.Trainer, parameters: list[torch.nn.Parameter]) -> bool:

@@ -2,18 +2,69 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
 from lightning_ppdl.errors import (
     BoundExceededError,
     FractionExceededError,
     IndexOutOfRangeError,
+    JoinRefusedError,
     MalformedUpdateError,
     NonFiniteValueError,
     UnknownVersionError,
     UnsortedIndicesError,
 )
-from lightning_ppdl.records import Manifest, SparseUpdate
+from lightning_ppdl.records import Manifest, SparseUpdate, Vector
+from lightning_ppdl.validation import require_fraction, require_positive
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the server agrees to at most.
+
+    Args:
+        upload_fraction: theta_u in (0, 1].
+        bound: gamma; None for any bound, and none.
+    """
+
+    upload_fraction: float = 1.0
+    bound: float | None = None
+
+    def __post_init__(self) -> None:
+        require_fraction("upload_fraction", self.upload_fraction)
+        if self.bound is not None:
+            require_positive("bound", self.bound)
+
+    def check_manifest(self, manifest: Manifest, server: str) -> None:
+        """Raise JoinRefusedError if a participant declares more than these terms.
+
+        NaN, which is neither above nor below anything, is refused.
+        """
+        if not 0 < manifest.upload_fraction <= self.upload_fraction:
+            raise JoinRefusedError(
+                f"upload fraction {manifest.upload_fraction:g} is not within what {server!r} agrees to, "
+                f"0 to {self.upload_fraction:g}; lower selection.fraction"
+            )
+        limit = math.inf if self.bound is None else self.bound
+        if not 0 < (math.inf if manifest.bound is None else manifest.bound) <= limit:
+            raise JoinRefusedError(
+                f"bound={manifest.bound!r} is not within what {server!r} agrees to, 0 to {limit:g}; give "
+                f"bound={1.0 if self.bound is None else self.bound:g}"
+            )
+
+
+def check_vector(vector: Vector, manifest: Manifest) -> Vector:
+    """Return ``vector`` if it can be the first shared parameters: finite float32 (P,)."""
+    expected = (manifest.size,)
+    if vector.shape != expected or vector.dtype != np.float32 or not np.isfinite(vector).all():
+        raise JoinRefusedError(
+            f"initial parameters must be finite float32 of shape {expected}, not {vector.dtype} "
+            f"{vector.shape}"
+        )
+    return vector
 
 
 def check_update(update: SparseUpdate, manifest: Manifest, version: int) -> None:

@@ -6,17 +6,12 @@ Every backend, in memory or over a network, talks to this class and to nothing b
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from lightning_ppdl.errors import (
     AdmissionError,
@@ -33,13 +28,13 @@ from lightning_ppdl.records import (
     DownloadRequest,
     Manifest,
     Membership,
-    MemberStatus,
     Receipt,
     ServerStatus,
     SparseUpdate,
     Vector,
 )
-from lightning_ppdl.server.admission import check_update
+from lightning_ppdl.server.admission import Terms, check_update, check_vector
+from lightning_ppdl.server.books import Books, Member
 from lightning_ppdl.server.download import DownloadCriterion, MostUpdated, read
 from lightning_ppdl.server.merge import MergeContext, MergeRule
 from lightning_ppdl.server.protocol import Asynchronous, ExchangeProtocol
@@ -49,28 +44,6 @@ from lightning_ppdl.tensorfile import read_vector
 from lightning_ppdl.validation import require_fraction, require_name, require_positive
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Member:
-    """All that the server keeps of one participant."""
-
-    manifest: Manifest
-    present: bool = True
-    rounds: int = 0
-    heard_at: float = 0.0
-    receipt: Receipt | None = None
-    digest: bytes = b""
-
-
-@dataclass
-class _Books:
-    """Running totals."""
-
-    uploads: int = 0
-    uploaded_bytes: int = 0
-    downloaded_bytes: int = 0
-    rejections: Counter[str] = field(default_factory=Counter)
 
 
 class ParameterServer:
@@ -121,8 +94,7 @@ class ParameterServer:
             if len(set(members)) != len(members) or not members:
                 raise ConfigurationError(f"members={list(members)!r} must name each participant once")
         self._admitted = None if members is None else frozenset(members)
-        self._upload_fraction = require_fraction("upload_fraction", upload_fraction)
-        self._bound = None if bound is None else require_positive("bound", bound)
+        self._terms = Terms(upload_fraction, bound)
         self._initial = initial
         self._seed = seed
         self._clock = clock
@@ -136,8 +108,7 @@ class ParameterServer:
         self.closed = False
         self._store: Store | None = None
         self._manifest: Manifest | None = None
-        self._members: dict[str, _Member] = {}
-        self._books = _Books()
+        self._books = Books()
 
     def join(self, participant: str, manifest: Manifest, server: str = "this server") -> Membership:
         """Enter the collaboration, or come back to it.
@@ -164,7 +135,7 @@ class ParameterServer:
                 if self._initial is not None:
                     self._store = MemoryStore(_load_initial(self._initial, manifest))
                 self._manifest = manifest
-            member = self._members.setdefault(participant, _Member(manifest))
+            member = self._books.members.setdefault(participant, Member(manifest))
             member.manifest = manifest
             member.present = True
             member.heard_at = self._clock()
@@ -177,7 +148,7 @@ class ParameterServer:
         with self._admission():
             member = self._member(participant)
             if self._store is None:
-                self._store = MemoryStore(_check_initial(vector, member.manifest, "offered parameters"))
+                self._store = MemoryStore(check_vector(vector, member.manifest))
 
     def take_turn(self, participant: str) -> bool:
         """Whether the participant may start its round now. Does not wait."""
@@ -260,7 +231,7 @@ class ParameterServer:
     def leave(self, participant: str) -> None:
         """Take no more turns. What was merged stays, and the participant may join again."""
         with self.changed:
-            member = self._members.get(participant)
+            member = self._books.members.get(participant)
             if member is not None and member.present:
                 member.present = False
                 self._turns.leave(participant)
@@ -292,19 +263,11 @@ class ParameterServer:
     def status(self) -> ServerStatus:
         """Who is here, whose turn it is, and the totals. No value of any parameter."""
         with self.changed:
-            now = self._clock()
-            return ServerStatus(
+            return self._books.status(
                 version=self.version,
                 parameters=0 if self._manifest is None else self._manifest.size,
                 turn=self._turns.current if self.protocol.takes_turns else None,
-                members=tuple(
-                    MemberStatus(name, member.present, member.rounds, now - member.heard_at)
-                    for name, member in self._members.items()
-                ),
-                uploads=self._books.uploads,
-                uploaded_bytes=self._books.uploaded_bytes,
-                downloaded_bytes=self._books.downloaded_bytes,
-                rejections=dict(self._books.rejections),
+                now=self._clock(),
             )
 
     @contextmanager
@@ -321,8 +284,8 @@ class ParameterServer:
                 self._books.rejections[type(error).__name__] += 1
                 raise
 
-    def _member(self, participant: str) -> _Member:
-        member = self._members.get(participant)
+    def _member(self, participant: str) -> Member:
+        member = self._books.members.get(participant)
         if member is None or not member.present:
             raise UnknownParticipantError(f"participant {participant!r} has not joined, or left; join first")
         member.heard_at = self._clock()
@@ -336,18 +299,7 @@ class ParameterServer:
                 f"quantity={manifest.quantity!r} cannot be merged by {type(self.merge).__name__}; serve "
                 f"{server!r} with merge=ServerOptimizer(functools.partial(torch.optim.SGD, lr=...))"
             )
-        # Written so that NaN, which is above nothing and below nothing, is refused.
-        if not 0 < manifest.upload_fraction <= self._upload_fraction:
-            raise JoinRefusedError(
-                f"upload fraction {manifest.upload_fraction:g} is not within what {server!r} agrees to, "
-                f"0 to {self._upload_fraction:g}; lower selection.fraction"
-            )
-        limit = math.inf if self._bound is None else self._bound
-        if not 0 < (math.inf if manifest.bound is None else manifest.bound) <= limit:
-            raise JoinRefusedError(
-                f"bound={manifest.bound!r} is not within what {server!r} agrees to, 0 to {limit:g}; give "
-                f"bound={1.0 if self._bound is None else self._bound:g}"
-            )
+        self._terms.check_manifest(manifest, server)
 
     def _require_turn(self, participant: str) -> None:
         if self.protocol.takes_turns and not self._turns.renew(participant):
@@ -369,13 +321,4 @@ def _require_kind(name: str, value: object, kind: type) -> None:
 def _load_initial(initial: Vector | str | Path, manifest: Manifest) -> Vector:
     if isinstance(initial, str | Path):
         return read_vector(initial, manifest.parameters)
-    return _check_initial(initial, manifest, "initial")
-
-
-def _check_initial(vector: Vector, manifest: Manifest, name: str) -> Vector:
-    expected = (manifest.size,)
-    if vector.shape != expected or vector.dtype != np.float32 or not np.isfinite(vector).all():
-        raise JoinRefusedError(
-            f"{name} must be finite float32 of shape {expected}, not {vector.dtype} {vector.shape}"
-        )
-    return vector
+    return check_vector(initial, manifest)
