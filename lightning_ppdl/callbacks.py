@@ -81,9 +81,10 @@ class DSSGDCallback(pl.Callback):
             self._participant.load_state_dict(self._state)
         if self._participant.join():
             vector = initial_vector(strategy.initial, pl_module, self._layout)
-            self._participant.offer_initial(vector)
+            taken = self._participant.offer_initial(vector)
             rank_zero_info(
-                f"{strategy.server_url} had no parameters yet and starts from {_source(strategy.initial)}"
+                f"{strategy.server_url} had no parameters yet and starts from "
+                f"{_source(strategy.initial) if taken else 'what another participant offered first'}"
             )
 
     def on_train_batch_start(

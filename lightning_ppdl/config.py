@@ -45,7 +45,7 @@ class SimulateConfig:
     upload: UploadConfig = field(default_factory=UploadConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     protocol: Any = MISSING
-    merge: Any = None
+    merge: Any = MISSING
     clock: ClockConfig = field(default_factory=ClockConfig)
     baselines: List[str] = field(default_factory=list)  # noqa: UP006
     trainer: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006

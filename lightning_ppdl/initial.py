@@ -41,7 +41,7 @@ def public_initial(module: nn.Module, layout: ParameterLayout, seed: int) -> Ten
     the module itself is left as it was, and so is the global generator.
 
     Returns:
-        float32 (P,), on the module's device.
+        float32 (P,), on the CPU.
 
     Raises:
         ConfigurationError: if a shared tensor belongs to a layer without ``reset_parameters``.
@@ -60,15 +60,16 @@ def public_initial(module: nn.Module, layout: ParameterLayout, seed: int) -> Ten
             f"reset_parameters(). Add one, give initial='FILE.safetensors' with public values, or give "
             f"initial='own' to start from this module's values (they leave this machine un-noised)"
         )
-    state = [*module.parameters(), *module.buffers()]
-    before = [tensor.detach().clone() for tensor in state]
-    device = next(iter(state)).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for reset in resets.values():
-                reset()
-            vector = layout.flatten()
-            for tensor, value in zip(state, before, strict=True):
-                tensor.copy_(value)
+    device = next(module.parameters()).device
+    # Drawn on the CPU wherever the module is: other devices draw other values from the same seed.
+    module.cpu()
+    before = [tensor.detach().clone() for tensor in (*module.parameters(), *module.buffers())]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for reset in resets.values():
+            reset()
+        vector = layout.flatten()
+        for tensor, value in zip((*module.parameters(), *module.buffers()), before, strict=True):
+            tensor.copy_(value)
+    module.to(device)
     return vector

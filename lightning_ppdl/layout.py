@@ -37,6 +37,11 @@ class ParameterLayout:
         share_buffers: str | Sequence[str] | None = None,
     ) -> None:
         self._module = module
+        if isinstance(share, str | Sequence):
+            _require_matches("share", share, [n for n, p in module.named_parameters() if p.requires_grad])
+        if share_buffers is not None:
+            floating = [name for name, b in module.named_buffers() if b.is_floating_point()]
+            _require_matches("share_buffers", share_buffers, floating)
         wanted = _parameter_predicate(share)
         self._parameter_names = [
             name for name, p in module.named_parameters() if p.requires_grad and wanted(name, p)
@@ -104,7 +109,21 @@ def _parameter_predicate(share: Share) -> Callable[[str, nn.Parameter], bool]:
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
-    return any(fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+    return any(fnmatchcase(name, pattern) for pattern in _as_list(patterns))
+
+
+def _as_list(patterns: str | Sequence[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _require_matches(argument: str, patterns: str | Sequence[str], names: Sequence[str]) -> None:
+    """A pattern that matches nothing is a misspelling, even if another one matches."""
+    for pattern in _as_list(patterns):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigurationError(
+                f"{argument}={patterns!r}: {pattern!r} matches none of {', '.join(names[:5]) or 'none'}"
+                f"{', ...' if len(names) > 5 else ''}"
+            )
 
 
 def _spec(name: str, tensor: Tensor) -> ParameterSpec:

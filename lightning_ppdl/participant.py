@@ -112,9 +112,13 @@ class Participant:
         self.round = max(self.round, membership.last_round)
         return membership.needs_initial
 
-    def offer_initial(self, vector: Tensor) -> None:
-        """Offer the first shared parameters, float32 (P,): they leave as they are."""
-        self._backend.offer_initial(vector.cpu().numpy())
+    def offer_initial(self, vector: Tensor) -> bool:
+        """Offer the first shared parameters, float32 (P,): they leave as they are.
+
+        Returns:
+            Whether the server took them; another participant's offer may have come first.
+        """
+        return self._backend.offer_initial(vector.cpu().numpy())
 
     def begin_round(self, local: Tensor) -> Tensor:
         """Wait for the turn and download.
@@ -171,6 +175,9 @@ class Participant:
             self._backend.renew_turn()
         except TurnNotHeldError as error:
             log.warning("round %d will not be merged: %s", self.round, error)
+        except ServerUnavailableError as error:
+            # One sign of life that got lost is no reason to stop; the upload will tell.
+            log.info("the turn could not be renewed: %s", error)
 
     def end_round(self, local: Tensor) -> RoundReport:
         """Release this round's update and upload it.

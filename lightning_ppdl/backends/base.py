@@ -35,8 +35,12 @@ class Backend(ABC):
         """Enter the collaboration, or come back to it."""
 
     @abstractmethod
-    def offer_initial(self, vector: Vector) -> None:
-        """Offer the first shared parameters, float32 (P,), to a server that has none."""
+    def offer_initial(self, vector: Vector) -> bool:
+        """Offer the first shared parameters, float32 (P,), to a server that has none.
+
+        Returns:
+            Whether they were taken; another participant's offer may have come first.
+        """
 
     @abstractmethod
     def take_turn(self, timeout_seconds: float) -> None:

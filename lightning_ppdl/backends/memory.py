@@ -90,8 +90,8 @@ class MemoryBackend(Backend):
         self._joined, self._participant, self._size = server, participant, manifest.size
         return membership
 
-    def offer_initial(self, vector: Vector) -> None:
-        self._server.offer_initial(self._participant, vector)
+    def offer_initial(self, vector: Vector) -> bool:
+        return self._server.offer_initial(self._participant, vector)
 
     def take_turn(self, timeout_seconds: float) -> None:
         server = self._server

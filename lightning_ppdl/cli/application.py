@@ -64,13 +64,13 @@ def run_application(name: str, task: Callable[[DictConfig], None], arguments: Se
 
 
 def build(config: DictConfig, key: str) -> Any:
-    """Make the object that the node at ``key`` describes; None for null.
+    """Make the object that the node at ``key`` describes; None for null and for an empty node.
 
     Raises:
         ConfigurationError: what its constructor says, with the full key in front.
     """
     node = OmegaConf.select(config, key)
-    if node is None:
+    if node is None or node == {}:
         return None
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ConfigurationError(f"{key}={node!r} is not one of the group's options; see --help")
@@ -121,7 +121,7 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> str:
         if key.startswith(_OPEN):
             return f"{given}: write +{given} to pass a Trainer argument that is not among the settings"
         close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else "--cfg job shows them all."
+        hint = f"did you mean {close[0]}?" if close else "--cfg job shows all of them"
         return f"{given}: there is no setting {key!r}; {hint}"
     parts = [message]
     while error.__cause__ is not None:

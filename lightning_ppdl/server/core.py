@@ -143,12 +143,18 @@ class ParameterServer:
             self.changed.notify_all()
             return Membership(self.study, self.version, member.rounds, needs_initial=self._store is None)
 
-    def offer_initial(self, participant: str, vector: Vector) -> None:
-        """Offer the first shared parameters, float32 (P,). Only the first offer counts."""
+    def offer_initial(self, participant: str, vector: Vector) -> bool:
+        """Offer the first shared parameters, float32 (P,). Only the first offer is taken.
+
+        Returns:
+            Whether this one was.
+        """
         with self._admission():
             member = self._member(participant)
-            if self._store is None:
-                self._store = MemoryStore(check_vector(vector, member.manifest))
+            if self._store is not None:
+                return False
+            self._store = MemoryStore(check_vector(vector, member.manifest))
+            return True
 
     def take_turn(self, participant: str) -> bool:
         """Whether the participant may start its round now. Does not wait."""

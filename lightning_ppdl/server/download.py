@@ -59,7 +59,10 @@ class MostRecent(DownloadCriterion):
 
 @dataclass(frozen=True)
 class ChangedSince(DownloadCriterion):
-    """Only entries changed since the participant's last download, the most updated first."""
+    """Only entries changed since the participant's last download, the most updated first.
+
+    Of more such entries than the fraction holds, those left out come when they change again.
+    """
 
     def scores(self, store: Store, known_version: int) -> npt.NDArray[np.float32]:
         return np.where(store.changed_at > known_version, store.stat, np.float32(-np.inf))

@@ -32,9 +32,11 @@ class Turns:
         self._protocol = protocol
         self._lease_seconds = lease_seconds
         self._clock = clock
+        # In the order of turns, for good: whoever leaves or falls silent keeps its place for a return.
         self._roster = list(members)
-        self._silent: set[str] = set()
+        self._away: set[str] = set()
         self._queue: deque[str] = deque()
+        self._served: set[str] = set()
         self._cycle = 0
         self._expires = 0.0
         self.current: str | None = None
@@ -43,20 +45,20 @@ class Turns:
         """Whether the current one took it."""
 
     def enter(self, name: str) -> None:
-        """Let ``name`` take part; a newcomer's first turn comes at the end of the running cycle."""
-        if name in self._roster and name not in self._silent:
+        """Let ``name`` take part. Who comes in the middle of a cycle, and had no turn in it, is last."""
+        if name in self._roster and name not in self._away:
             return
-        self._silent.discard(name)
+        self._away.discard(name)
         if name not in self._roster:
             self._roster.append(name)
-        if name != self.current and name not in self._queue:
+        if self.current is None:
+            self._queue.clear()  # nobody was left to go on: the next turn begins a cycle with all present
+        elif name not in self._queue and name not in self._served:
             self._queue.append(name)
 
     def leave(self, name: str) -> None:
-        """Take ``name`` out; its turn passes on."""
-        if name in self._roster:
-            self._roster.remove(name)
-        self._silent.discard(name)
+        """Expect ``name`` no more until it enters again; its turn passes on."""
+        self._away.add(name)
         if name in self._queue:
             self._queue.remove(name)
         if name == self.current:
@@ -64,8 +66,8 @@ class Turns:
 
     def take(self, name: str) -> bool:
         """Whether ``name`` has the turn now; if so its lease starts."""
-        self.enter(name)
         self.expire()
+        self.enter(name)
         if self.current is None:
             self._pass_on()
         if self.current != name:
@@ -85,6 +87,7 @@ class Turns:
     def end(self, name: str) -> None:
         """Pass on the turn of ``name``, if it has it."""
         if self.current == name:
+            self._served.add(name)
             self._pass_on()
 
     def expire(self) -> None:
@@ -96,7 +99,7 @@ class Turns:
                 "gave no sign of life" if self.held else "did not take its turn",
                 self._lease_seconds,
             )
-            self._silent.add(self.current)
+            self._away.add(self.current)
             self._pass_on()
 
     def _pass_on(self) -> None:
@@ -105,12 +108,12 @@ class Turns:
         self._expires = self._clock() + self._lease_seconds
 
     def _next(self) -> str | None:
-        present = [name for name in self._roster if name not in self._silent]
-        if not self._queue and present:
+        present = [name for name in self._roster if name not in self._away]
+        if not present:
+            return None
+        self._queue = deque(name for name in self._queue if name not in self._away)
+        if not self._queue:
             self._queue.extend(self._protocol.order(present, self._cycle))
             self._cycle += 1
-        while self._queue:
-            name = self._queue.popleft()
-            if name in present:
-                return name
-        return None
+            self._served.clear()
+        return self._queue.popleft()

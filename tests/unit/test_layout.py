@@ -134,7 +134,7 @@ def test_buffers_only_on_request() -> None:
 
 
 def test_a_share_that_picks_nothing_lists_the_names() -> None:
-    with pytest.raises(ConfigurationError, match=r"share='lora' picks none .* 0\.weight, 0\.bias"):
+    with pytest.raises(ConfigurationError, match=r"share='lora'.* matches none .* 0\.weight, 0\.bias"):
         ParameterLayout(network(), "lora")
     with pytest.raises(ConfigurationError, match="every parameter is frozen"):
         ParameterLayout(network().requires_grad_(False))
@@ -251,3 +251,11 @@ def test_initial_from_a_file_and_from_the_module(tmp_path: Path) -> None:
         initial_vector(str(path), module, layout)
     with pytest.raises(ConfigurationError, match=r"initial='nowhere' cannot be read"):
         initial_vector("nowhere", module, layout)
+
+
+@pytest.mark.parametrize("argument", ["share", "share_buffers"])
+def test_a_pattern_that_matches_nothing_is_refused_beside_one_that_does(argument: str) -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    right = {"share": "0.*", "share_buffers": "1.running_*"}[argument]
+    with pytest.raises(ConfigurationError, match=rf"{argument}=.*'1\.runing_\*' matches none"):
+        ParameterLayout(module, **{argument: [right, "1.runing_*"]})

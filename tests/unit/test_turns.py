@@ -252,3 +252,28 @@ TestAnyoneAnytime = AnyoneAnytime.TestCase
 TestAnyoneAnytime.settings = quick
 TestAnyoneAnytimeInRandomOrder = AnyoneAnytimeInRandomOrder.TestCase
 TestAnyoneAnytimeInRandomOrder.settings = quick
+
+
+def test_who_leaves_and_comes_back_keeps_its_place_and_gains_no_turn() -> None:
+    table = Table("abc")
+    assert table.play("abc", 1) == "a"
+    table.turns.leave("a")
+    table.turns.enter("a")
+    assert table.play("abc", 5) == "bcabc"
+
+
+def test_a_declared_order_outlives_a_run() -> None:
+    table = Table("abc")
+    assert table.play("abc", 3) == "abc"
+    for name in "abc":
+        table.turns.leave(name)
+    for name in "cba":
+        table.turns.enter(name)
+    assert table.play("abc", 6) == "abcabc"
+
+
+def test_a_lone_member_whose_lease_ran_out_has_its_turn_back_at_once() -> None:
+    table = Table("a")
+    assert table.turns.take("a")
+    table.clock.now += LEASE + 1
+    assert table.turns.take("a")
