@@ -110,7 +110,7 @@ def test_cfg_job_shows_the_configuration_and_runs_nothing(
     ppdl: Ppdl, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert ppdl("simulate", "--cfg", "job", "experiment=digits", "rounds=7") == 0
-    shown = OmegaConf.create(capsys.readouterr().out)
+    shown: Any = OmegaConf.create(capsys.readouterr().out)
     assert (shown["participants"], shown["rounds"], shown["optimizer"]["lr"]) == (20, 7, 0.1)
     assert "hydra" not in shown
     assert list(tmp_path.iterdir()) == []
@@ -121,7 +121,8 @@ def test_a_nested_group_may_be_written_with_a_dot(
     ppdl: Ppdl, capsys: pytest.CaptureFixture[str], spelling: str
 ) -> None:
     assert ppdl("simulate", "--cfg", "job", f"{spelling}=most_recent") == 0
-    criterion = OmegaConf.create(capsys.readouterr().out)["download"]["criterion"]
+    shown: Any = OmegaConf.create(capsys.readouterr().out)
+    criterion = shown.download.criterion
     assert criterion == {"_target_": "lightning_ppdl.server.download.MostRecent"}
 
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -87,7 +88,9 @@ def test_ppdl_composes_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert source_of(installed, tmp_path) == installed
     script = "import sys; from lightning_ppdl.cli import main; sys.exit(main())"
     arguments = ["simulate", "--cfg", "job", "experiment=mnist_mlp", "download.criterion=most_recent"]
-    shown = OmegaConf.create(call(sys.executable, "-c", script, *arguments, cwd=tmp_path, path=installed))
+    shown: Any = OmegaConf.create(
+        call(sys.executable, "-c", script, *arguments, cwd=tmp_path, path=installed)
+    )
     assert shown["participants"] == 30
     assert shown["data"]["_target_"] == "lightning_ppdl.data.MNIST"
     assert shown["download"]["criterion"]["_target_"].endswith("MostRecent")

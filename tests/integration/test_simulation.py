@@ -242,7 +242,8 @@ def test_merge_rules_differ_where_updates_are_stale() -> None:
     runs = [timeless(run(protocol=Asynchronous(), merge=rule)) for rule in rules]
     assert all(one != other for one, other in combinations(runs, 2))
     default = timeless(run(protocol=Asynchronous()))
-    assert default == runs[1]
+    assert default == timeless(run(protocol=Asynchronous(), merge=Asynchronous().default_merge()))
+    assert default != runs[0]
 
 
 def normalised(input_shape: Any, classes: int) -> nn.Module:
