@@ -76,18 +76,15 @@ def main() -> None:
         command = [sys.executable, __file__, "--measure", str(participants), *root]
         ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[participants] = json.loads(ran.stdout.splitlines()[-1])
-    empty = found[0]["peak"]
-    rows = [
-        [
-            str(participants),
-            f"{facts['peak'] / 1e6:.0f}",
-            f"{(facts['peak'] - empty) / participants / 1e6:.2f}" if participants else "",
-            f"{facts['server'] / 1e6:.2f}",
-        ]
-        for participants, facts in found.items()
-    ]
+    rows = []
+    fewer, less = 0, found[0]["peak"]
+    for participants, facts in found.items():
+        each = (facts["peak"] - less) / max(1, participants - fewer)
+        server = facts["server"]
+        rows.append([str(participants), *(f"{value / 1e6:.2f}" for value in (facts["peak"], each, server))])
+        fewer, less = participants, facts["peak"]
     print(f"{found[0]['parameters']:,} parameters; images held once: {found[0]['data'] / 1e6:.0f} MB")
-    print_table(["participants", "peak MB", "MB a participant", "server MB"], rows)
+    print_table(["participants", "peak MB", "MB for each one more", "server MB"], rows)
 
 
 if __name__ == "__main__":
