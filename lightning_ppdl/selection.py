@@ -6,6 +6,7 @@ data too; see ``docs/`` on what sharing fewer values does and does not protect.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.validation import require_fraction, require_not_negative
+
+_SAMPLE = 8192
 
 
 class Selection(ABC):
@@ -73,13 +76,16 @@ class LargestValues(Selection):
         magnitude = delta.abs()
         count = self.count(delta.numel())
         if count == delta.numel():
-            return magnitude.nonzero().squeeze(1)
+            return _where(magnitude > 0)
         smallest = _kth_largest(magnitude, count)
-        chosen = magnitude > smallest
-        if smallest > 0:
-            ties = (magnitude == smallest).nonzero().squeeze(1)
-            chosen[ties[: count - int(chosen.sum())]] = True
-        return chosen.nonzero().squeeze(1)
+        if smallest == 0:
+            return _where(magnitude > 0)
+        chosen = _where(magnitude >= smallest)
+        if len(chosen) == count:
+            return chosen
+        above = _where(magnitude > smallest)
+        ties = _where(magnitude == smallest)[: count - len(above)]
+        return torch.cat([above, ties]).sort().values
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class RandomAboveThreshold(Selection):
         require_not_negative("threshold", self.threshold)
 
     def select(self, delta: Tensor, generator: torch.Generator) -> Tensor:
-        candidates = (delta.abs() > self.threshold).nonzero().squeeze(1)
+        candidates = _where(delta.abs() > self.threshold)
         count = self.count(delta.numel())
         if len(candidates) <= count:
             return candidates
@@ -110,10 +116,24 @@ class RandomAboveThreshold(Selection):
         return candidates[drawn.to(candidates.device)].sort().values
 
 
-def _kth_largest(magnitude: Tensor, count: int) -> Tensor:
-    if magnitude.device.type == "cpu":
-        # numpy's introselect finds one order statistic several times faster than torch.topk sorts
-        # its way there; see benchmarks/selection.py
-        place = magnitude.numel() - count
-        return torch.from_numpy(np.partition(magnitude.numpy(), place)[place : place + 1])[0]
-    return magnitude.topk(count, sorted=False).values.min()
+def _where(mask: Tensor) -> Tensor:
+    """Indices of the true entries; on the CPU numpy finds them several times faster than torch."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().squeeze(1)
+
+
+def _kth_largest(magnitude: Tensor, count: int) -> float:
+    """The ``count``-th largest of ``magnitude``, (P,). See benchmarks/selection.py for the choices."""
+    if magnitude.device.type != "cpu":
+        return float(magnitude.topk(count, sorted=False).values.min())
+    values = magnitude.numpy()
+    # A regular sample tells roughly where the cut lies: what is clearly below need not be sorted.
+    sample = values[:: max(1, len(values) // _SAMPLE)]
+    expected = count * len(sample) // len(values)
+    place = len(sample) - 1 - expected - 4 * math.isqrt(expected + 1)
+    if place > 0:
+        candidates = values[values >= np.partition(sample, place)[place]]
+        if len(candidates) >= count:
+            values = candidates
+    return float(np.partition(values, len(values) - count)[len(values) - count])
