@@ -1,6 +1,6 @@
 """Finding the k-th largest magnitude of P values: numpy's partition, torch.topk, torch.kthvalue.
 
-This one order statistic is most of what selecting the largest values costs on a CPU. The three take
+LargestValues builds on the first of them, after a sample has told roughly where the cut lies. They take
 turns on the same values; medians in milliseconds, and the whole of LargestValues.select beside them.
 """
 
