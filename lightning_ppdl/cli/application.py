@@ -9,7 +9,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_ppdl.errors import ConfigurationError, ParticipantFailedError, PPDLError
+from lightning_ppdl.simulation.settings import trainer_argument_problem
 
 CONFIG_PATH = "pkg://lightning_ppdl.conf.ppdl"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -36,8 +38,6 @@ def run_application(name: str, task: Callable[[DictConfig], None], arguments: Se
         The exit status: 0, 1 for a failed run, 2 for a configuration that cannot work, 130 for Ctrl-C.
     """
     wants_traceback = bool(os.environ.get(_FULL_ERROR))
-    # Hydra then raises what it would otherwise print and exit on.
-    os.environ[_FULL_ERROR] = "1"
     failures: list[Exception] = []
 
     def guarded(cfg: DictConfig) -> None:
@@ -47,14 +47,16 @@ def run_application(name: str, task: Callable[[DictConfig], None], arguments: Se
             # Past Hydra, which would announce a failed job: SystemExit is the one thing it lets through.
             failures.append(error)
             raise SystemExit from error
+        except SystemExit as error:
+            raise KeyboardInterrupt from error  # what Lightning makes of Ctrl-C, undone
 
     application = hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=name)(guarded)
     try:
-        with _command_line(arguments):
+        with _command_line(arguments), _errors_raised():
             application()
-    except SystemExit:
-        if not failures:  # --help and the like
-            return 0
+    except SystemExit as error:
+        if not failures:  # a flag that Hydra does not know, or --help
+            return error.code if isinstance(error.code, int) else 0
     except (HydraException, OmegaConfBaseException) as error:
         failures.append(error)
     except KeyboardInterrupt:
@@ -80,7 +82,43 @@ def build(config: DictConfig, key: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, PPDLError):
             raise ConfigurationError(f"{key}.{cause}") from error
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+        if unexpected:
+            raise ConfigurationError(
+                f"{key}.{unexpected[1]}: {node._target_} has no such argument"
+            ) from error
         raise ConfigurationError(f"{key}: {cause or error}") from error
+
+
+def refuse_unknown(config: DictConfig, schema: type, prefix: str = "") -> None:
+    """Raise ConfigurationError for a key that ``schema``, a dataclass, lacks.
+
+    Hydra itself lets ``+KEY=VALUE`` add anything, misspelt or not.
+    """
+    hints = get_type_hints(schema)
+    for key in config:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            raise ConfigurationError(
+                f"there is no setting {prefix}{key!s}; "
+                f"{f'did you mean {prefix}{close[0]}?' if close else '--cfg job shows all of them'}"
+            )
+        if is_dataclass(hints[key]):
+            refuse_unknown(config[key], hints[key], f"{prefix}{key}.")
+
+
+@contextmanager
+def _errors_raised() -> Iterator[None]:
+    """Let Hydra raise what it would otherwise print and exit on."""
+    before = os.environ.get(_FULL_ERROR)
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FULL_ERROR]
+        else:
+            os.environ[_FULL_ERROR] = before
 
 
 @contextmanager
@@ -119,7 +157,11 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> str:
         key = unknown[1]
         given = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
         if key.startswith(_OPEN):
-            return f"{given}: write +{given} to pass a Trainer argument that is not among the settings"
+            name, _, value = given.partition("=")
+            parsed = OmegaConf.from_dotlist([f"value={value}"]).value
+            return trainer_argument_problem(name.removeprefix(_OPEN), parsed) or (
+                f"{given}: write +{given} to pass a Trainer argument that is not among the settings"
+            )
         close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else "--cfg job shows all of them"
         return f"{given}: there is no setting {key!r}; {hint}"

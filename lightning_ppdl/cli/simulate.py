@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_ppdl import config
-from lightning_ppdl.cli.application import build, run_application
+from lightning_ppdl.cli.application import build, refuse_unknown, run_application
 from lightning_ppdl.report import closing_table, write_report
 from lightning_ppdl.simulation import Simulation, simulate
 
@@ -54,6 +54,7 @@ def make_simulation(cfg: DictConfig) -> Simulation:
 
 
 def _task(cfg: DictConfig) -> None:
+    refuse_unknown(cfg, config.SimulateConfig)
     simulation = make_simulation(cfg)
     console = Console()
     columns = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -11,6 +12,7 @@ import torch
 from lightning_ppdl.data import ArrayDataset, Splits, loader
 from lightning_ppdl.layout import ParameterLayout
 from lightning_ppdl.models import Classifier
+from lightning_ppdl.privacy.release import PlainRelease
 from lightning_ppdl.randomness import derive_seed, numpy_generator, torch_generator
 from lightning_ppdl.records import Receipt
 from lightning_ppdl.server.core import ParameterServer
@@ -53,6 +55,7 @@ class Collaboration:
         first = simulation.make_module(splits)
         layout = ParameterLayout(first)
         self.parameters = layout.size
+        PlainRelease(simulation.selection, simulation.bound).max_fraction(layout.size)
         self._server = ParameterServer(
             protocol=simulation.protocol,
             merge=simulation.merge,
@@ -72,7 +75,7 @@ class Collaboration:
         self._round_started = 0.0
         for index, (name, share) in enumerate(zip(names, shares, strict=True)):
             module = first if index == 0 else simulation.make_module(splits)
-            trainer = simulation.make_trainer(strategy=self._strategy(name))
+            trainer = simulation.make_trainer(strategy=self._strategy(name, module))
             self._add(name, module, trainer, share)
 
     def run(self, progress: Progress) -> list[RoundRow]:
@@ -102,7 +105,7 @@ class Collaboration:
         """Over accepted uploads; 0 if there were none."""
         return max(self._staleness, default=0)
 
-    def _strategy(self, name: str) -> DSSGDStrategy:
+    def _strategy(self, name: str, module: Classifier) -> DSSGDStrategy:
         settings = self._simulation
         speed = numpy_generator(settings.seed, name, "speed").uniform(
             1 - settings.speed_spread, 1 + settings.speed_spread
@@ -114,7 +117,7 @@ class Collaboration:
             round_seconds=1 / speed,
             drop_probability=settings.drop_probability,
             generator=numpy_generator(settings.seed, name, "drops"),
-            after_upload=self._after_upload,
+            after_upload=partial(self._after_upload, module),
         )
         return DSSGDStrategy(
             server=link,
@@ -132,16 +135,17 @@ class Collaboration:
         batches = loader(share, self._simulation.batch_size, shuffle=True, generator=generator)
         self._scheduler.start(name, lambda: trainer.fit(module, train_dataloaders=batches))
 
-    def _after_upload(self, receipt: Receipt | None) -> None:
+    def _after_upload(self, module: Classifier, receipt: Receipt | None) -> None:
         if receipt is not None:
             self._staleness.append(receipt.staleness)
         self._exchanged += 1
         if self._exchanged % self._simulation.participants == 0:
-            self._end_round()
+            self._end_round(module)
         accuracy = f", accuracy {self._rows[-1].accuracy:.1%}" if self._rows else ""
         self._progress(1, f"collaboration, round {len(self._rows)}/{self._simulation.rounds}{accuracy}")
 
-    def _end_round(self) -> None:
+    def _end_round(self, module: Classifier) -> None:
+        """One row. The server has no buffers; it is measured with those of the last to upload."""
         ended = time.perf_counter() - self._evaluator.seconds
         status = self._server.status()
         uploaded, downloaded = self._bytes_before_round
@@ -149,7 +153,7 @@ class Collaboration:
         self._rows.append(
             RoundRow(
                 round=len(self._rows) + 1,
-                accuracy=self._evaluator.of_vector(torch.from_numpy(self._server.parameters())),
+                accuracy=self._evaluator.of_vector(torch.from_numpy(self._server.parameters()), module),
                 uploaded_bytes=status.uploaded_bytes - uploaded,
                 downloaded_bytes=status.downloaded_bytes - downloaded,
                 staleness_mean=sum(merged) / max(1, len(merged)),

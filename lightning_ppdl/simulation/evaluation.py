@@ -32,8 +32,14 @@ class Evaluator:
         self.seconds = 0.0
         """Wall clock spent in evaluations so far."""
 
-    def of_vector(self, vector: Tensor) -> float:
-        """Accuracy in [0, 1] of the parameters ``vector``, float32 (P,)."""
+    def of_vector(self, vector: Tensor, buffers: Classifier) -> float:
+        """Accuracy in [0, 1] of the parameters ``vector``, float32 (P,).
+
+        Buffers (batch normalisation's statistics) are no part of the vector: those of the module
+        ``buffers`` are used.
+        """
+        for own, trained in zip(self._module.buffers(), buffers.buffers(), strict=True):
+            own.copy_(trained)
         self._layout.assign(vector)
         return self.of_module(self._module)
 

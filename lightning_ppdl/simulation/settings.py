@@ -123,18 +123,9 @@ class Simulation:
             raise ConfigurationError(
                 f"baselines={list(self.baselines)!r}: {unknown.pop()!r} is not one of {list(BASELINES)}"
             )
-        taken = inspect.signature(pl.Trainer.__init__).parameters
         for name, value in self.trainer.items():
-            if name in _DECIDED_BY:
-                raise ConfigurationError(
-                    f"trainer.{name}={value!r} cannot be set: {_DECIDED_BY[name]} decides it"
-                )
-            if name not in taken:
-                close = difflib.get_close_matches(name, taken, n=1)
-                raise ConfigurationError(
-                    f"trainer.{name}={value!r}: Lightning's Trainer has no such argument"
-                    f"{f'; did you mean trainer.{close[0]}?' if close else ''}"
-                )
+            if problem := trainer_argument_problem(name, value):
+                raise ConfigurationError(problem)
 
     @property
     def work(self) -> int:
@@ -164,3 +155,15 @@ class Simulation:
             if isinstance(error, PPDLError):
                 raise
             raise ConfigurationError(f"trainer: {error}") from error
+
+
+def trainer_argument_problem(name: str, value: Any) -> str | None:
+    """Why ``Trainer(name=value)`` cannot be asked for in a simulation; None if it can."""
+    if name in _DECIDED_BY:
+        return f"trainer.{name}={value!r} cannot be set: {_DECIDED_BY[name]} decides it"
+    taken = inspect.signature(pl.Trainer.__init__).parameters
+    if name in taken:
+        return None
+    close = difflib.get_close_matches(name, taken, n=1)
+    hint = f"did you mean trainer.{close[0]}?" if close else "see Lightning's documentation for those it has"
+    return f"trainer.{name}={value!r}: Lightning's Trainer has no such argument; {hint}"
