@@ -4,7 +4,9 @@ One participant with 600 images, the paper's MLP, batch 10: 60 steps an epoch. T
 runs with and without the strategy, which downloads, selects a tenth and uploads after every epoch.
 The kinds take turns within one process; an epoch lasts from its first batch to the next one's, so
 that set-up is excluded. All but one read batches through this package's loader, which fetches a batch
-at once; the ordinary loop stacks rows of a TensorDataset, as most scripts do.
+at once; the ordinary loop stacks rows of a TensorDataset, as most scripts do. Times are the process's
+CPU seconds, on one thread, which other work on the machine disturbs less than the clock on the wall;
+ratios are taken within each repetition, and their median is printed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ from lightning_ppdl.simulation import Simulation
 from lightning_ppdl.simulation.quiet import quiet_lightning
 from lightning_ppdl.strategy import DSSGDStrategy
 
-TARGETS = {"a Trainer": 1.10, "a plain loop": 2.0}
+TARGETS: dict[str, tuple[str, float | None]] = {
+    "a Trainer": ("Trainer", 1.10),
+    "a plain loop": ("plain loop", 2.0),
+    "a plain loop over an ordinary DataLoader": ("plain loop, ordinary DataLoader", None),
+}
 
 
 class Stopwatch(pl.Callback):
@@ -38,7 +44,7 @@ class Stopwatch(pl.Callback):
         self.starts: list[float] = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.starts.append(time.perf_counter())
+        self.starts.append(time.process_time())
 
     @property
     def epochs(self) -> list[float]:
@@ -59,7 +65,7 @@ def _loop(job: Simulation, splits: Splits, batches: DataLoader[Any]) -> list[flo
     optimizer = module.configure_optimizers()
     starts = []
     for _ in range(job.rounds):
-        starts.append(time.perf_counter())
+        starts.append(time.process_time())
         for inputs, labels in batches:
             optimizer.zero_grad()
             F.cross_entropy(module.network(inputs), labels).backward()  # type: ignore[no-untyped-call]
@@ -110,17 +116,17 @@ def main() -> None:
                 epochs = run(job, splits, share)
                 if repetition:  # the first one warms up
                     seconds[name].append(median(epochs))
-    loop, ordinary, plain, dssgd = (median(seconds[name]) for name in kinds)
     rows = [
         [name, f"{1000 * median(values):.1f}", f"{1000 * min(values):.1f}", f"{1000 * max(values):.1f}"]
         for name, values in seconds.items()
     ]
     print_table(["ms an epoch of 60 steps", "median", "least", "most"], rows)
-    print(f"with the strategy: {dssgd / ordinary:.2f} x a plain loop over an ordinary DataLoader")
-    for name, reference in (("a Trainer", plain), ("a plain loop", loop)):
-        ratio = dssgd / reference
-        verdict = "reached" if ratio <= TARGETS[name] else "MISSED"
-        print(f"with the strategy: {ratio:.2f} x {name}; target at most {TARGETS[name]:.2f}, {verdict}")
+    for name, (reference, target) in TARGETS.items():
+        pairs = zip(seconds["Trainer with DSSGDStrategy"], seconds[reference], strict=True)
+        ratio = median(ours / theirs for ours, theirs in pairs)
+        verdict = "" if target is None else f"; target at most {target:.2f}, "
+        verdict += "" if target is None else "reached" if ratio <= target else "MISSED"
+        print(f"with the strategy: {ratio:.2f} x {name}{verdict}")
 
 
 if __name__ == "__main__":
