@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_ppdl.errors import ConfigurationError
@@ -59,6 +59,8 @@ class DSSGDCallback(pl.Callback):
         self._layout: ParameterLayout | None = None
         self._state: dict[str, Any] | None = None
         self._steps_before_round = 0
+        self._batches = 0
+        self._warned = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, CollaboratingStrategy):
@@ -79,7 +81,16 @@ class DSSGDCallback(pl.Callback):
             )
         if self._state is not None:
             self._participant.load_state_dict(self._state)
+        self._warned = False
         if self._participant.join():
+            if self._participant.round and isinstance(strategy.initial, int):
+                raise ConfigurationError(
+                    f"this participant continues after round {self._participant.round}, but "
+                    f"{strategy.server_url} is new and has no parameters: with initial={strategy.initial!r} "
+                    f"all training so far would be thrown away. Give initial='own' to start it from this "
+                    f"participant's parameters (they leave this machine un-noised), a file, or begin anew "
+                    f"with a new strategy and no ckpt_path"
+                )
             vector = initial_vector(strategy.initial, pl_module, self._layout)
             taken = self._participant.offer_initial(vector)
             rank_zero_info(
@@ -96,6 +107,8 @@ class DSSGDCallback(pl.Callback):
             if not layout.exact:
                 participant.started_from(layout.flatten())
             self._steps_before_round = trainer.global_step
+            self._batches = 0
+            self._warn_of_unshared(layout)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -117,11 +130,17 @@ class DSSGDCallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         participant, _ = self._joined()
+        self._batches += 1
         length = self._strategy.round_length
         if trainer.is_last_batch if length == "epoch" else self._steps(trainer) >= length:
             self._end_round(trainer, on_step=True)
         else:
             participant.keep_turn()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        # Validation in the middle of a round may well take longer than the turn's lease.
+        if self._participant is not None and self._participant.in_round:
+            self._participant.keep_turn()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only an epoch cut short (max_steps, a timer, a batch-start hook returning -1) gets here
@@ -150,6 +169,16 @@ class DSSGDCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict or None
 
+    def _warn_of_unshared(self, layout: ParameterLayout) -> None:
+        late = layout.trainable_but_not_shared()
+        if late and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{len(late)} parameters, {late[0]!r} first, became trainable after this participant joined "
+                f"and stay local: what is shared is settled at the start of fit(). Unfreeze them before "
+                f"fit(), or in a fit() of their own with another server name"
+            )
+
     def _steps(self, trainer: pl.Trainer) -> int:
         return trainer.global_step - self._steps_before_round
 
@@ -159,7 +188,7 @@ class DSSGDCallback(pl.Callback):
 
     def _end_round(self, trainer: pl.Trainer, on_step: bool | None) -> None:
         participant, layout = self._joined()
-        if not self._steps(trainer):
+        if not self._batches:
             participant.abandon_round()
             return
         report = participant.end_round(layout.flatten())

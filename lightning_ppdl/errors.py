@@ -16,6 +16,14 @@ class NonFiniteUpdateError(PPDLError):
     """The local update holds NaN or infinity: local training diverged, so nothing was uploaded."""
 
 
+class SelectionError(PPDLError):
+    """A selection returned what is no set of indices, or more than its fraction."""
+
+
+class MergeError(PPDLError):
+    """A merge rule returned what cannot be added to the shared parameters; nothing was changed."""
+
+
 class FingerprintMismatchError(PPDLError):
     """A participant shares other parameters than the collaboration it wants to join."""
 

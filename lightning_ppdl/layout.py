@@ -37,14 +37,14 @@ class ParameterLayout:
         share_buffers: str | Sequence[str] | None = None,
     ) -> None:
         self._module = module
+        self._wanted = _parameter_predicate(share)
         if isinstance(share, str | Sequence):
             _require_matches("share", share, [n for n, p in module.named_parameters() if p.requires_grad])
         if share_buffers is not None:
             floating = [name for name, b in module.named_buffers() if b.is_floating_point()]
             _require_matches("share_buffers", share_buffers, floating)
-        wanted = _parameter_predicate(share)
         self._parameter_names = [
-            name for name, p in module.named_parameters() if p.requires_grad and wanted(name, p)
+            name for name, p in module.named_parameters() if p.requires_grad and self._wanted(name, p)
         ]
         self._buffer_names = [
             name
@@ -87,9 +87,18 @@ class ParameterLayout:
                 gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
                 total[self._slices[name]] += gradient.detach().reshape(-1)
 
-    def name_of(self, index: int) -> str:
-        """Name of the tensor that entry ``index`` of the flat vector belongs to."""
-        return next(name for name, part in self._slices.items() if part.start <= index < part.stop)
+    def trainable_but_not_shared(self) -> list[str]:
+        """Names that would be shared, had they been trainable when this layout was made."""
+        known = set(self._parameter_names)
+        return [
+            name
+            for name, p in self._module.named_parameters()
+            if p.requires_grad and name not in known and self._wanted(name, p)
+        ]
+
+    def names_where(self, mask: Tensor) -> list[str]:
+        """Names of the tensors with a true entry in ``mask``, bool (P,)."""
+        return [name for name, part in self._slices.items() if bool(mask[part].any())]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         # Looked up anew each time: moving a module to another device replaces its buffers.

@@ -107,6 +107,12 @@ class Participant:
         """
         membership = self._backend.join(self.name, self.manifest)
         if membership.study != self._study:
+            if self._study is not None:
+                log.warning(
+                    "%s is not the server that participant %r knew: it was made anew",
+                    self._backend.url,
+                    self.name,
+                )
             # Another server: what was downloaded from the old one is no base for anything here.
             self._study, self._version, self._base = membership.study, None, None
         self.round = max(self.round, membership.last_round)

@@ -15,6 +15,14 @@ from rich.table import Table
 
 from lightning_ppdl.simulation.results import RoundRow, SimulationResults
 
+_FILES = ("metrics.csv", "summary.json", "accuracy.png")
+
+
+def remove_report(directory: Path) -> None:
+    """Remove what an earlier run left in ``directory``."""
+    for name in _FILES:
+        (directory / name).unlink(missing_ok=True)
+
 
 def write_report(results: SimulationResults, directory: Path) -> None:
     """Write ``metrics.csv``, ``summary.json`` and ``accuracy.png`` into ``directory``."""

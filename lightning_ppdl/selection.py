@@ -33,7 +33,7 @@ class Selection(ABC):
         """Choose entries of an update.
 
         Args:
-            delta: float32 (P,), finite, on the participant's device.
+            delta: float32 (P,), finite, on the participant's device. Not to be changed.
             generator: CPU generator of this participant and round; draw from no other.
 
         Returns:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_ppdl.backends import Backend, connect
 from lightning_ppdl.callbacks import DSSGDCallback
 from lightning_ppdl.errors import ConfigurationError
-from lightning_ppdl.initial import Initial
+from lightning_ppdl.initial import Initial, check_initial
 from lightning_ppdl.layout import ParameterLayout, Share
 from lightning_ppdl.participant import Participant
 from lightning_ppdl.privacy.release import PlainRelease
@@ -98,11 +100,13 @@ class DSSGDStrategy(SingleDeviceStrategy):
         self.quantity = quantity
         self.share = share
         self.share_buffers = share_buffers
-        self.initial = initial
+        self.initial = check_initial(initial)
+        if not isinstance(seed, int):
+            raise ConfigurationError(f"seed={seed!r} must be a whole number")
         self.seed = seed
         self.turn_timeout_seconds = require_positive("turn_timeout_seconds", turn_timeout_seconds)
         self._callback = DSSGDCallback()
-        self._fitted: weakref.ref[pl.LightningModule] | None = None
+        self._fitted: _Fitted | None = None
 
     @property
     def server_url(self) -> str:
@@ -142,14 +146,20 @@ class DSSGDStrategy(SingleDeviceStrategy):
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         # Lightning makes new ones at each fit(): momentum would be lost and schedulers start over.
-        if self._fitted is not None and self._fitted() is trainer.lightning_module:
-            return
+        module = trainer.lightning_module
+        if self._fitted is not None and self._fitted.module() is module:
+            if self._fitted.parameters == _identities(module):
+                return
+            rank_zero_warn(
+                "the module's parameters are others than at the last fit(): its optimizers and schedulers "
+                "are made anew"
+            )
         super().setup_optimizers(trainer)
 
     def on_train_end(self) -> None:
         super().on_train_end()
         assert self.lightning_module is not None
-        self._fitted = weakref.ref(self.lightning_module)
+        self._fitted = _Fitted(weakref.ref(self.lightning_module), _identities(self.lightning_module))
 
     def teardown(self) -> None:
         # The one hook that runs after success, an exception and Ctrl-C alike.
@@ -163,6 +173,18 @@ class DSSGDStrategy(SingleDeviceStrategy):
                 f"give Trainer(devices=1)"
             )
         super()._configure_launcher()
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What the kept optimizers belong to."""
+
+    module: weakref.ref[pl.LightningModule]
+    parameters: tuple[int, ...]
+
+
+def _identities(module: pl.LightningModule) -> tuple[int, ...]:
+    return tuple(id(parameter) for parameter in module.parameters())
 
 
 def _from_environment(argument: str, variable: str) -> str:

@@ -31,6 +31,8 @@ def serve(url: str, server: ParameterServer) -> ParameterServer:
         ConfigurationError: if a server that is still open has that name.
     """
     name = _name(url)
+    if not isinstance(server, ParameterServer) or server.closed:
+        raise ConfigurationError(f"server={server!r} must be a ParameterServer that is not closed")
     with _lock:
         running = _servers.get(name)
         if running is not None and running is not server and not running.closed:

@@ -59,6 +59,8 @@ def run_application(name: str, task: Callable[[DictConfig], None], arguments: Se
             return error.code if isinstance(error.code, int) else 0
     except (HydraException, OmegaConfBaseException) as error:
         failures.append(error)
+    except ValueError as error:  # what Hydra says of GROUP=null
+        failures.append(ConfigurationError(str(error)))
     except KeyboardInterrupt:
         print(f"ppdl {name}: interrupted", file=sys.stderr)
         return 130
@@ -81,7 +83,8 @@ def build(config: DictConfig, key: str) -> Any:
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, PPDLError):
-            raise ConfigurationError(f"{key}.{cause}") from error
+            said = str(cause)
+            raise ConfigurationError(said if said.startswith(f"{key}.") else f"{key}.{said}") from error
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
         if unexpected:
             raise ConfigurationError(

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_ppdl import config
 from lightning_ppdl.cli.application import build, refuse_unknown, run_application
-from lightning_ppdl.report import closing_table, write_report
+from lightning_ppdl.report import closing_table, remove_report, write_report
 from lightning_ppdl.simulation import Simulation, simulate
 
 
@@ -56,6 +56,8 @@ def make_simulation(cfg: DictConfig) -> Simulation:
 def _task(cfg: DictConfig) -> None:
     refuse_unknown(cfg, config.SimulateConfig)
     simulation = make_simulation(cfg)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    remove_report(directory)  # an interrupted run must not leave an older one's results as its own
     console = Console()
     columns = (
         BarColumn(),
@@ -66,7 +68,6 @@ def _task(cfg: DictConfig) -> None:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("loading data", total=simulation.work)
         results = simulate(simulation, lambda done, line: bar.update(task, advance=done, description=line))
-    directory = Path(HydraConfig.get().runtime.output_dir)
     write_report(results, directory)
     console.print(closing_table(results))
     console.print(f"metrics.csv, summary.json and accuracy.png are in {directory}", soft_wrap=True)

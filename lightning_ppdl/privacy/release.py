@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ppdl.errors import ConfigurationError, NonFiniteUpdateError
+from lightning_ppdl.errors import ConfigurationError, NonFiniteUpdateError, SelectionError
 from lightning_ppdl.selection import Selection
 from lightning_ppdl.validation import require_positive
 
@@ -79,12 +79,32 @@ class PlainRelease(Release):
 
     def release(self, delta: Tensor, generator: torch.Generator) -> Released:
         require_finite(delta)
-        indices = self.selection.select(delta, generator)
+        indices = self._checked(self.selection.select(delta, generator), delta)
         values = delta[indices]
         if self.bound is None or not len(values):
             return Released(indices, values, clamped_fraction=0.0)
         bounded = values.clamp(-self.bound, self.bound)
         return Released(indices, bounded, clamped_fraction=float((bounded != values).float().mean()))
+
+    def _checked(self, indices: Tensor, delta: Tensor) -> Tensor:
+        """A selection may be anybody's; no more than was agreed leaves by this door."""
+        name = f"{type(self.selection).__name__}.select()"
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
+            got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices)
+            raise SelectionError(f"{name} must return an int64 tensor of shape (k,), not {got}")
+        if len(indices) > self.selection.count(delta.numel()):
+            raise SelectionError(
+                f"{name} returned {len(indices)} indices; fraction={self.selection.fraction!r} of "
+                f"{delta.numel()} entries allows {self.selection.count(delta.numel())}"
+            )
+        if len(indices) and not (
+            int(indices[0]) >= 0 and int(indices[-1]) < delta.numel() and bool((indices.diff() > 0).all())
+        ):
+            raise SelectionError(
+                f"{name} must return strictly increasing indices in [0, {delta.numel()}); sort them, and "
+                f"return none twice"
+            )
+        return indices
 
     def max_fraction(self, size: int) -> float:
         return self.selection.count(size) / size

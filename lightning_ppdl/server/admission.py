@@ -13,11 +13,13 @@ from lightning_ppdl.errors import (
     IndexOutOfRangeError,
     JoinRefusedError,
     MalformedUpdateError,
+    MergeError,
     NonFiniteValueError,
     UnknownVersionError,
     UnsortedIndicesError,
 )
 from lightning_ppdl.records import Manifest, SparseUpdate, Vector
+from lightning_ppdl.server.store import Change, Store
 from lightning_ppdl.validation import require_fraction, require_positive
 
 
@@ -113,3 +115,20 @@ def check_update(update: SparseUpdate, manifest: Manifest, version: int) -> None
             f"{who}: {len(indices)} entries are more than the agreed fraction "
             f"{manifest.upload_fraction:g} of {manifest.size}, which is {most}"
         )
+
+
+def check_change(change: Change, rule: object, store: Store) -> Change:
+    """Return ``change`` if it can be added to the shared parameters.
+
+    Raises:
+        MergeError: naming the merge rule, if it is no Change, does not fit, or is not finite.
+    """
+    name = f"{type(rule).__name__}.merge()"
+    if not isinstance(change, Change):
+        raise MergeError(f"{name} must return a Change, not {type(change).__name__}")
+    expected = store.parameters.shape if change.indices is None else change.indices.shape
+    if change.values.shape != expected:
+        raise MergeError(f"{name} returned values of shape {change.values.shape} for {expected} entries")
+    if not np.isfinite(change.values).all():
+        raise MergeError(f"{name} returned a value that is NaN or infinite; nothing was merged")
+    return change

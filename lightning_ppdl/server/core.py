@@ -33,7 +33,7 @@ from lightning_ppdl.records import (
     SparseUpdate,
     Vector,
 )
-from lightning_ppdl.server.admission import Terms, check_update, check_vector
+from lightning_ppdl.server.admission import Terms, check_change, check_update, check_vector
 from lightning_ppdl.server.books import Books, Member
 from lightning_ppdl.server.download import DownloadCriterion, MostUpdated, read
 from lightning_ppdl.server.merge import MergeContext, MergeRule
@@ -89,10 +89,13 @@ class ParameterServer:
         self.criterion = MostUpdated() if criterion is None else criterion
         _require_kind("criterion", self.criterion, DownloadCriterion)
         if members is not None:
-            for name in members:
-                require_name("members", name)
-            if len(set(members)) != len(members) or not members:
-                raise ConfigurationError(f"members={list(members)!r} must name each participant once")
+            if not isinstance(members, str):
+                for name in members:
+                    require_name("members", name)
+            if isinstance(members, str) or len(set(members)) != len(members) or not members:
+                raise ConfigurationError(
+                    f"members={list(members)!r} must be a list that names each participant once"
+                )
         self._admitted = None if members is None else frozenset(members)
         self._terms = Terms(upload_fraction, bound)
         self._initial = initial
@@ -215,7 +218,9 @@ class ParameterServer:
                     return member.receipt
                 raise RoundSeenBeforeError(
                     f"round {update.round} of participant {update.participant!r} was merged already "
-                    f"(its last is {member.rounds}) with other content; upload round {member.rounds + 1}"
+                    f"(its last is {member.rounds}) with other content; upload round "
+                    f"{member.rounds + 1}, and see that no two participants "
+                    f"share this name"
                 )
             if self._store is None:
                 raise JoinRefusedError("the server has no parameters yet: offer_initial() first")
@@ -223,7 +228,7 @@ class ParameterServer:
             self._require_turn(update.participant)
             staleness = self._store.version - update.base_version
             context = MergeContext(staleness, member.manifest.quantity, self._store.parameters)
-            change = self.merge.merge(update, context)
+            change = check_change(self.merge.merge(update, context), self.merge, self._store)
             version = self._store.commit(change, update.indices, self.criterion.decay)
             member.rounds = update.round
             member.digest = update.digest
@@ -293,7 +298,9 @@ class ParameterServer:
     def _member(self, participant: str) -> Member:
         member = self._books.members.get(participant)
         if member is None or not member.present:
-            raise UnknownParticipantError(f"participant {participant!r} has not joined, or left; join first")
+            raise UnknownParticipantError(
+                f"participant {participant!r} has not joined, or left, or another of its name did; join"
+            )
         member.heard_at = self._clock()
         return member
 

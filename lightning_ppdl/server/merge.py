@@ -142,7 +142,11 @@ class ServerMomentum(MergeRule):
         if momentum >= 1:
             raise ConfigurationError(f"momentum={momentum!r} must be below 1, e.g. momentum=0.9")
         self._momentum = np.float32(momentum)
-        self._rule = rule or Add()
+        self._rule = Add() if rule is None else rule
+        if not isinstance(self._rule, MergeRule):
+            raise ConfigurationError(
+                f"rule={rule!r} must be a MergeRule object, e.g. rule=StalenessWeighted()"
+            )
         self._velocity: Vector | None = None
 
     def merge(self, update: SparseUpdate, context: MergeContext) -> Change:

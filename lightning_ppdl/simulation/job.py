@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.randomness import derive_seed
 from lightning_ppdl.simulation.baselines import run_centralized, run_standalone
 from lightning_ppdl.simulation.collaboration import Collaboration
@@ -51,6 +52,10 @@ def _simulate(simulation: Simulation, progress: Progress) -> SimulationResults:
     evaluator = Evaluator(simulation.make_module(splits), splits.test, splits.classes)
     collaboration = Collaboration(simulation, splits, shares, evaluator)
     rows = collaboration.run(progress)
+    if not rows:
+        raise ConfigurationError(
+            f"no participant trained a single batch: look at trainer={dict(simulation.trainer)!r}"
+        )
     standalone = centralized = None
     if "standalone" in simulation.baselines:
         standalone = run_standalone(simulation, splits, shares, evaluator, progress)

@@ -203,5 +203,5 @@ def test_what_the_server_starts_from(url: str, initial: Any) -> None:
 
 @pytest.mark.parametrize("initial", ["nowhere.safetensors", "OWN"])
 def test_a_start_that_is_not_there_is_named(url: str, initial: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"initial='{initial}' cannot be read"):
+    with pytest.raises(ConfigurationError, match=f"initial='{initial}' (cannot be read|must be a)"):
         fit(Tiny(), DSSGDStrategy(url, "anna", initial=initial))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,11 @@ def test_non_contiguous_and_scalar_parameters() -> None:
     assert layout.flatten().tolist() == [0, 3, 1, 4, 2, 5, 7]
     layout.assign(torch.arange(7.0))
     assert layout.flatten().tolist() == list(range(7))
-    assert [layout.name_of(i) for i in (0, 5, 6)] == ["turned", "turned", "scalar"]
+    assert [layout.names_where(torch.arange(layout.size) == i) for i in (0, 5, 6)] == [
+        ["turned"],
+        ["turned"],
+        ["scalar"],
+    ]
 
 
 def test_frozen_parameters_stay_local() -> None:
@@ -259,3 +264,58 @@ def test_a_pattern_that_matches_nothing_is_refused_beside_one_that_does(argument
     right = {"share": "0.*", "share_buffers": "1.running_*"}[argument]
     with pytest.raises(ConfigurationError, match=rf"{argument}=.*'1\.runing_\*' matches none"):
         ParameterLayout(module, **{argument: [right, "1.runing_*"]})
+
+
+def half_reset() -> nn.Module:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.scale = nn.Parameter(torch.tensor([7.0]))  # what reset_parameters() does not reach
+
+    return Scaled()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(half_reset(), "scale"), (torch.nn.utils.weight_norm(nn.Linear(3, 2)), "weight_g")],
+)
+def test_a_public_seed_is_refused_where_a_value_of_the_module_would_leave(
+    module: nn.Module, name: str
+) -> None:
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=f"cannot set .*{name}"):
+        public_initial(module, ParameterLayout(module), 0)
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(value, before[key])
+
+
+def test_a_reset_that_replaces_its_parameter_is_undone() -> None:
+    class Replacing(nn.Linear):
+        def reset_parameters(self) -> None:
+            self.weight = nn.Parameter(torch.rand(2, 2))
+            self.bias = nn.Parameter(torch.zeros(2))
+
+    module = Replacing(2, 2)
+    weight, values = module.weight, module.weight.detach().clone()
+    public_initial(module, ParameterLayout(module), 0)
+    assert module.weight is weight
+    torch.testing.assert_close(module.weight.detach(), values)
+
+
+def test_a_public_seed_gives_the_same_in_every_thread_and_leaves_the_global_generator() -> None:
+    def draw(_: int) -> torch.Tensor:
+        module = nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40), nn.Linear(40, 3))
+        for _ in range(10):
+            torch.rand(3)  # other threads draw from the global generator meanwhile
+        return public_initial(module, ParameterLayout(module), 5)
+
+    expected = draw(0)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    layers = nn.Linear(4, 4)
+    torch.set_rng_state(state)
+    public_initial(layers, ParameterLayout(layers), 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    with ThreadPoolExecutor(8) as threads:
+        for drawn in threads.map(draw, range(64)):
+            torch.testing.assert_close(drawn, expected, rtol=0, atol=0)
