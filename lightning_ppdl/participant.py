@@ -24,8 +24,6 @@ from lightning_ppdl.records import Download, DownloadRequest, Manifest, Receipt,
 
 log = logging.getLogger(__name__)
 
-_RENEW_EVERY_SECONDS = 5.0
-
 
 @dataclass(frozen=True)
 class RoundReport:
@@ -98,6 +96,7 @@ class Participant:
         self._exchange_seconds = 0.0
         self._downloaded_bytes = 0
         self._renewed_at = 0.0
+        self._renew_seconds = 0.0
 
     def join(self) -> bool:
         """Join, or join again; rounds go on after the last one that the server or this side knows.
@@ -116,6 +115,7 @@ class Participant:
             # Another server: what was downloaded from the old one is no base for anything here.
             self._study, self._version, self._base = membership.study, None, None
         self.round = max(self.round, membership.last_round)
+        self._renew_seconds = membership.lease_seconds / 4
         return membership.needs_initial
 
     def offer_initial(self, vector: Tensor) -> bool:
@@ -174,7 +174,7 @@ class Participant:
     def keep_turn(self) -> None:
         """Give a sign of life in the middle of a round; cheap enough for every batch."""
         now = time.perf_counter()
-        if now - self._renewed_at < _RENEW_EVERY_SECONDS:
+        if now - self._renewed_at < self._renew_seconds:
             return
         self._renewed_at = now
         try:

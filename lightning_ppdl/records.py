@@ -100,12 +100,14 @@ class Membership:
         version: Number of updates merged so far.
         last_round: The last round of this participant that was accepted, 0 if none.
         needs_initial: True while no parameters are there yet, and this participant may offer them.
+        lease_seconds: How long a turn lasts without a sign of life.
     """
 
     study: str
     version: int
     last_round: int
     needs_initial: bool
+    lease_seconds: float
 
 
 @dataclass(frozen=True)

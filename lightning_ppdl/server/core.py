@@ -144,7 +144,13 @@ class ParameterServer:
             member.heard_at = self._clock()
             self._turns.enter(participant)
             self.changed.notify_all()
-            return Membership(self.study, self.version, member.rounds, needs_initial=self._store is None)
+            return Membership(
+                study=self.study,
+                version=self.version,
+                last_round=member.rounds,
+                needs_initial=self._store is None,
+                lease_seconds=self._turns.lease_seconds,
+            )
 
     def offer_initial(self, participant: str, vector: Vector) -> bool:
         """Offer the first shared parameters, float32 (P,). Only the first offer is taken.

@@ -30,7 +30,7 @@ class Turns:
         clock: Callable[[], float],
     ) -> None:
         self._protocol = protocol
-        self._lease_seconds = lease_seconds
+        self.lease_seconds = lease_seconds
         self._clock = clock
         # In the order of turns, for good: whoever leaves or falls silent keeps its place for a return.
         self._roster = list(members)
@@ -73,7 +73,7 @@ class Turns:
         if self.current != name:
             return False
         self.held = True
-        self._expires = self._clock() + self._lease_seconds
+        self._expires = self._clock() + self.lease_seconds
         return True
 
     def renew(self, name: str) -> bool:
@@ -81,7 +81,7 @@ class Turns:
         self.expire()
         if self.current != name or not self.held:
             return False
-        self._expires = self._clock() + self._lease_seconds
+        self._expires = self._clock() + self.lease_seconds
         return True
 
     def end(self, name: str) -> None:
@@ -97,7 +97,7 @@ class Turns:
                 "participant %r %s for %.0f seconds and lost its turn",
                 self.current,
                 "gave no sign of life" if self.held else "did not take its turn",
-                self._lease_seconds,
+                self.lease_seconds,
             )
             self._away.add(self.current)
             self._pass_on()
@@ -105,7 +105,7 @@ class Turns:
     def _pass_on(self) -> None:
         self.held = False
         self.current = self._next()
-        self._expires = self._clock() + self._lease_seconds
+        self._expires = self._clock() + self.lease_seconds
 
     def _next(self) -> str | None:
         present = [name for name in self._roster if name not in self._away]

@@ -21,11 +21,15 @@ class AdmissionSuite(Served):
     def test_join_says_where_the_collaboration_stands(self) -> None:
         server = self.add_server()
         first = self.connect()
-        assert first.join("anna", MANIFEST) == Membership(server.study, 0, 0, needs_initial=True)
+        assert first.join("anna", MANIFEST) == Membership(
+            server.study, 0, 0, needs_initial=True, lease_seconds=60.0
+        )
         first.offer_initial(np.arange(SIZE, dtype=np.float32))
         first.upload(encoded())
         second = self.connect()
-        assert second.join("ben", MANIFEST) == Membership(server.study, 1, 0, needs_initial=False)
+        assert second.join("ben", MANIFEST) == Membership(
+            server.study, 1, 0, needs_initial=False, lease_seconds=60.0
+        )
 
     def test_only_the_first_offer_counts(self) -> None:
         server = self.add_server()

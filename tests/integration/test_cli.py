@@ -160,6 +160,15 @@ def test_a_run_leaves_a_table_a_summary_and_a_picture(
     assert str(run) in out and "standalone, mean" in out and "not" in out
 
 
+def test_a_run_that_fails_leaves_no_older_results_in_its_directory(ppdl: Ppdl, tmp_path: Path) -> None:
+    arguments = ["simulate", *SMALL, "baselines=[]", "hydra.run.dir=here"]
+    assert ppdl(*arguments) == 0
+    assert (tmp_path / "here" / "summary.json").exists()
+    assert ppdl(*arguments, "partition.samples=100000") == 2
+    assert not (tmp_path / "here" / "summary.json").exists()
+    assert not (tmp_path / "here" / "metrics.csv").exists()
+
+
 def test_the_summary_of_a_run_with_the_other_baseline(ppdl: Ppdl, tmp_path: Path) -> None:
     arguments = [*SMALL, "hydra.run.dir=run", "baselines=[centralized]", "protocol=asynchronous"]
     assert ppdl("simulate", *arguments) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -162,3 +163,22 @@ def test_a_selection_that_answers_nonsense_is_named_before_anything_leaves(
 def test_an_initial_that_cannot_be_is_refused_at_once(url: str, initial: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"initial=.*'own'"):
         strategy(url, initial=initial)
+
+
+class SlowValidation(Tiny):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        time.sleep(0.1)
+
+
+def test_validation_in_the_middle_of_a_round_keeps_the_turn(url: str) -> None:
+    server = serve(url, ParameterServer(protocol=RoundRobin(), lease_seconds=0.4))
+    trainer = pl.Trainer(
+        **QUIET,
+        enable_checkpointing=False,
+        max_epochs=2,
+        val_check_interval=3,
+        num_sanity_val_steps=0,
+        strategy=strategy(url),
+    )
+    trainer.fit(SlowValidation(), loader(), loader())  # six validation batches: 0.6 seconds
+    assert server.status().uploads == 2
