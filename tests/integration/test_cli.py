@@ -111,7 +111,7 @@ def test_cfg_job_shows_the_configuration_and_runs_nothing(
 ) -> None:
     assert ppdl("simulate", "--cfg", "job", "experiment=digits", "rounds=7") == 0
     shown: Any = OmegaConf.create(capsys.readouterr().out)
-    assert (shown["participants"], shown["rounds"], shown["optimizer"]["lr"]) == (20, 7, 0.1)
+    assert (shown["participants"], shown["rounds"], shown["optimizer"]["lr"]) == (20, 7, 0.2)
     assert "hydra" not in shown
     assert list(tmp_path.iterdir()) == []
 

@@ -277,7 +277,7 @@ def half_reset() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(half_reset(), "scale"), (torch.nn.utils.weight_norm(nn.Linear(3, 2)), "weight_g")],
+    [(half_reset(), "scale"), (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "original0")],
 )
 def test_a_public_seed_is_refused_where_a_value_of_the_module_would_leave(
     module: nn.Module, name: str
