@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from strategy_harness import Tiny, loader, url
+from strategy_harness import Tiny, fit, flat, loader, trainer, url
 from torch import Tensor, nn
 
 from lightning_ppdl import (
@@ -29,36 +29,21 @@ from lightning_ppdl.server.store import Change
 
 __all__ = ["url"]
 
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-}
-
 
 def strategy(url: str, **settings: Any) -> DSSGDStrategy:
     return DSSGDStrategy(**{"server": url, "participant": "a", "selection": LargestValues(1.0), **settings})
 
 
-def fit(module: pl.LightningModule, made: DSSGDStrategy, epochs: int = 2, **settings: Any) -> pl.Trainer:
-    trainer = pl.Trainer(
-        **{**QUIET, "enable_checkpointing": False, "max_epochs": epochs, "strategy": made, **settings}
-    )
-    trainer.fit(module, train_dataloaders=loader())
-    return trainer
-
-
 def test_resuming_against_a_new_server_does_not_throw_the_weights_away(url: str, tmp_path: Any) -> None:
     checkpoint = tmp_path / "last.ckpt"
-    trainer = fit(Tiny(), strategy(url), enable_checkpointing=True, default_root_dir=tmp_path)
-    trainer.save_checkpoint(checkpoint)
+    first = fit(Tiny(), strategy(url), epochs=2, default_root_dir=tmp_path)
+    first.save_checkpoint(checkpoint)
     close(url)
-    again = pl.Trainer(**QUIET, enable_checkpointing=False, max_epochs=4, strategy=strategy(url))
+    again = trainer(strategy(url), epochs=4)
     with pytest.raises(ConfigurationError, match=r"continues after round 2.*initial='own'"):
         again.fit(Tiny(), train_dataloaders=loader(), ckpt_path=checkpoint, weights_only=False)
     close(url)
-    own = pl.Trainer(**QUIET, enable_checkpointing=False, max_epochs=2, strategy=strategy(url, initial="own"))
+    own = trainer(strategy(url, initial="own"), epochs=2)
     restored = Tiny()
     own.fit(restored, train_dataloaders=loader(), ckpt_path=checkpoint, weights_only=False)
     saved = torch.load(checkpoint, weights_only=False)["state_dict"]
@@ -85,8 +70,7 @@ def test_steps_that_lightning_does_not_count_are_shared_all_the_same(url: str) -
     module = Raw()
     fit(module, strategy(url), epochs=3)
     assert server.status().uploads == 3
-    flat = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
-    torch.testing.assert_close(torch.from_numpy(server.parameters()), flat)
+    torch.testing.assert_close(torch.from_numpy(server.parameters()), flat(module))
 
 
 class Unfreezing(pl.Callback):
@@ -104,12 +88,12 @@ def test_parameters_unfrozen_too_late_to_be_shared_are_named(url: str) -> None:
 
 def test_a_second_fit_of_a_changed_module_has_an_optimizer_of_its_parameters(url: str) -> None:
     module, made = Tiny(), strategy(url)
-    trainer = fit(module, made)
+    made_trainer = fit(module, made, epochs=2)
     module.head = nn.Linear(4, 2)
     before = module.head.weight.detach().clone()
-    trainer.fit_loop.max_epochs = 4
+    made_trainer.fit_loop.max_epochs = 4
     with pytest.warns(UserWarning, match="made anew"):
-        trainer.fit(module, train_dataloaders=loader())
+        made_trainer.fit(module, train_dataloaders=loader())
     assert not torch.equal(module.head.weight, before)
 
 
@@ -172,13 +156,6 @@ class SlowValidation(Tiny):
 
 def test_validation_in_the_middle_of_a_round_keeps_the_turn(url: str) -> None:
     server = serve(url, ParameterServer(protocol=RoundRobin(), lease_seconds=0.4))
-    trainer = pl.Trainer(
-        **QUIET,
-        enable_checkpointing=False,
-        max_epochs=2,
-        val_check_interval=3,
-        num_sanity_val_steps=0,
-        strategy=strategy(url),
-    )
-    trainer.fit(SlowValidation(), loader(), loader())  # six validation batches: 0.6 seconds
+    validating = trainer(strategy(url), epochs=2, val_check_interval=3, num_sanity_val_steps=0)
+    validating.fit(SlowValidation(), loader(), loader())  # six validation batches: 0.6 seconds
     assert server.status().uploads == 2
