@@ -170,8 +170,7 @@ class DSSGDCallback(pl.Callback):
         self._state = state_dict or None
 
     def _warn_of_unshared(self, layout: ParameterLayout) -> None:
-        late = layout.trainable_but_not_shared()
-        if late and not self._warned:
+        if not self._warned and (late := layout.trainable_but_not_shared()):
             self._warned = True
             rank_zero_warn(
                 f"{len(late)} parameters, {late[0]!r} first, became trainable after this participant joined "

@@ -38,21 +38,19 @@ class ParameterLayout:
     ) -> None:
         self._module = module
         self._wanted = _parameter_predicate(share)
+        trainable = [name for name, p in module.named_parameters() if p.requires_grad]
         if isinstance(share, str | Sequence):
-            _require_matches("share", share, [n for n, p in module.named_parameters() if p.requires_grad])
+            _require_matches("share", share, trainable)
         if share_buffers is not None:
             floating = [name for name, b in module.named_buffers() if b.is_floating_point()]
             _require_matches("share_buffers", share_buffers, floating)
-        self._parameter_names = [
-            name for name, p in module.named_parameters() if p.requires_grad and self._wanted(name, p)
-        ]
+        self._parameter_names = self._shareable()
         self._buffer_names = [
             name
             for name, buffer in module.named_buffers()
             if share_buffers is not None and buffer.is_floating_point() and _matches(name, share_buffers)
         ]
         if not self._parameter_names + self._buffer_names:
-            trainable = [name for name, p in module.named_parameters() if p.requires_grad]
             raise ConfigurationError(
                 f"share={share!r} picks none of the module's {len(trainable)} trainable parameters; "
                 f"their names are {', '.join(trainable[:5]) or '(none: every parameter is frozen)'}"
@@ -90,15 +88,17 @@ class ParameterLayout:
     def trainable_but_not_shared(self) -> list[str]:
         """Names that would be shared, had they been trainable when this layout was made."""
         known = set(self._parameter_names)
-        return [
-            name
-            for name, p in self._module.named_parameters()
-            if p.requires_grad and name not in known and self._wanted(name, p)
-        ]
+        return [name for name in self._shareable() if name not in known]
 
     def names_where(self, mask: Tensor) -> list[str]:
         """Names of the tensors with a true entry in ``mask``, bool (P,)."""
         return [name for name, part in self._slices.items() if bool(mask[part].any())]
+
+    def _shareable(self) -> list[str]:
+        """Names of the parameters that are trainable now and wanted."""
+        return [
+            name for name, p in self._module.named_parameters() if p.requires_grad and self._wanted(name, p)
+        ]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         # Looked up anew each time: moving a module to another device replaces its buffers.

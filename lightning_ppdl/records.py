@@ -22,6 +22,14 @@ Indices = npt.NDArray[np.int64]
 Quantity = Literal["change", "gradient"]
 
 
+def entries(fraction: float, size: int) -> int:
+    """How many of ``size`` entries a fraction allows: floor(theta * P), whoever counts.
+
+    The tolerance undoes binary rounding: 0.29 * 100 is 28.999999999999996.
+    """
+    return int(fraction * size + 1e-6)
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """One shared tensor: its name in the module, its shape and its dtype (``"float32"``)."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.records import entries
 from lightning_ppdl.validation import require_fraction, require_not_negative
 
 _SAMPLE = 8192
@@ -46,8 +47,7 @@ class Selection(ABC):
         Raises:
             ConfigurationError: if that is none.
         """
-        # The tolerance undoes binary rounding: 0.29 * 100 is 28.999999999999996.
-        count = int(self.fraction * size + 1e-6)
+        count = entries(self.fraction, size)
         if count == 0:
             raise ConfigurationError(
                 f"fraction={self.fraction!r} of {size} shared parameters selects none; use at least "

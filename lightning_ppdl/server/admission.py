@@ -18,7 +18,7 @@ from lightning_ppdl.errors import (
     UnknownVersionError,
     UnsortedIndicesError,
 )
-from lightning_ppdl.records import Manifest, SparseUpdate, Vector
+from lightning_ppdl.records import Manifest, SparseUpdate, Vector, entries
 from lightning_ppdl.server.store import Change, Store
 from lightning_ppdl.validation import require_fraction, require_positive
 
@@ -109,7 +109,7 @@ def check_update(update: SparseUpdate, manifest: Manifest, version: int) -> None
         raise BoundExceededError(
             f"{who}: a value of magnitude {largest:g} is beyond the agreed bound {manifest.bound:g}"
         )
-    most = int(manifest.upload_fraction * manifest.size + 1e-6)
+    most = entries(manifest.upload_fraction, manifest.size)
     if len(indices) > most:
         raise FractionExceededError(
             f"{who}: {len(indices)} entries are more than the agreed fraction "

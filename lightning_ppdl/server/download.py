@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lightning_ppdl.records import Download, DownloadRequest, Indices
+from lightning_ppdl.records import Download, DownloadRequest, Indices, entries
 from lightning_ppdl.server.store import Store
 from lightning_ppdl.validation import require_fraction
 
@@ -90,7 +90,7 @@ def read(
         if 6 * len(indices) >= 4 * size:
             return Download(store.version, None, store.parameters.copy(), complete=True)
     else:
-        count = max(1, int(request.fraction * size + 1e-6))
+        count = max(1, entries(request.fraction, size))
         indices = _highest(criterion.scores(store, known), count, generator)
     return Download(store.version, indices, store.parameters[indices], complete)
 
