@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ppdl.errors import ConfigurationError, NonFiniteUpdateError, SelectionError
+from lightning_ppdl.privacy.events import PrivacyEvent
 from lightning_ppdl.selection import Selection
 from lightning_ppdl.validation import require_positive
 
@@ -20,12 +21,15 @@ class Released:
     Args:
         indices: int64 (k,), strictly increasing.
         values: float32 (k,).
-        clamped_fraction: Share of the released values that the bound changed, 0 where none was.
+        clamped_fraction: Share of the released values that the bound changed, 0 where none was. Under
+            a privacy mechanism only what happened after the noise counts, so it tells nothing more.
+        event: What the release costs; None where it carries no guarantee of its own.
     """
 
     indices: Tensor
     values: Tensor
     clamped_fraction: float
+    event: PrivacyEvent | None = None
 
 
 class Release(ABC):
