@@ -23,6 +23,8 @@ EXTRAS: dict[str, set[str]] = {
     "redis": set(),
     "ray": set(),
     "dp_accounting": {f"{NAME}.privacy.composition"},
+    "opendp": {f"{NAME}.privacy.samplers"},
+    "randomgen": {f"{NAME}.privacy.noise"},
 }
 
 
