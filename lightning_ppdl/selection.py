@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class Selection(ABC):
     """
 
     fraction: float
+    looks_at_data: ClassVar[bool] = True
+    """Whether the choice depends on the update. One that does not may come before noise is added."""
 
     @abstractmethod
     def select(self, delta: Tensor, generator: torch.Generator) -> Tensor:
@@ -47,13 +50,7 @@ class Selection(ABC):
         Raises:
             ConfigurationError: if that is none.
         """
-        count = entries(self.fraction, size)
-        if count == 0:
-            raise ConfigurationError(
-                f"fraction={self.fraction!r} of {size} shared parameters selects none; use at least "
-                f"fraction={1 / size:.2g}"
-            )
-        return count
+        return require_entries(self.fraction, size)
 
 
 @dataclass(frozen=True)
@@ -114,6 +111,49 @@ class RandomAboveThreshold(Selection):
             return candidates
         drawn = torch.randperm(len(candidates), generator=generator)[:count]
         return candidates[drawn.to(candidates.device)].sort().values
+
+
+@dataclass(frozen=True)
+class RandomFraction(Selection):
+    """A uniform sample of all entries, drawn anew each round without looking at the update.
+
+    Its indices tell nothing about the data, so under participant-level privacy noise goes to the sampled
+    entries only.
+
+    Args:
+        fraction: theta_u, in (0, 1].
+
+    Edge cases: entries that are zero are as likely as others; ``fraction=1`` takes every entry.
+    """
+
+    looks_at_data = False
+
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_fraction("fraction", self.fraction)
+
+    def select(self, delta: Tensor, generator: torch.Generator) -> Tensor:
+        count = self.count(delta.numel())
+        if count == delta.numel():
+            return torch.arange(count, device=delta.device)
+        drawn = torch.randperm(delta.numel(), generator=generator)[:count]
+        return drawn.sort().values.to(delta.device)
+
+
+def require_entries(fraction: float, size: int) -> int:
+    """How many of ``size`` shared parameters ``fraction`` allows to leave, c in the paper.
+
+    Raises:
+        ConfigurationError: if that is none.
+    """
+    count = entries(fraction, size)
+    if count == 0:
+        raise ConfigurationError(
+            f"fraction={fraction!r} of {size} shared parameters selects none; use at least "
+            f"fraction={1 / max(size, 1):.2g}"
+        )
+    return count
 
 
 def _where(mask: Tensor) -> Tensor:

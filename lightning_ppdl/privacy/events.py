@@ -48,6 +48,7 @@ class SparseVectorRound(PrivacyEvent):
         threshold: tau.
         variant: ``"paper"`` or ``"standard"``.
         exact: Whether the noise came from the exact, discrete samplers.
+        value_share: Share of epsilon spent on the released values, where the variant leaves that open.
     """
 
     kind = "sparse_vector"
@@ -61,6 +62,7 @@ class SparseVectorRound(PrivacyEvent):
     threshold: float
     variant: str
     exact: bool = False
+    value_share: float | None = None
 
 
 @dataclass(frozen=True)

@@ -83,15 +83,17 @@ class PlainRelease(Release):
 
     def release(self, delta: Tensor, generator: torch.Generator) -> Released:
         require_finite(delta)
-        indices = self._checked(self.selection.select(delta, generator), delta)
-        values = delta[indices]
-        if self.bound is None or not len(values):
-            return Released(indices, values, clamped_fraction=0.0)
-        bounded = values.clamp(-self.bound, self.bound)
-        return Released(indices, bounded, clamped_fraction=float((bounded != values).float().mean()))
+        indices = self.choose(delta, generator)
+        return clamped(indices, delta[indices], self.bound)
 
-    def _checked(self, indices: Tensor, delta: Tensor) -> Tensor:
-        """A selection may be anybody's; no more than was agreed leaves by this door."""
+    def choose(self, delta: Tensor, generator: torch.Generator) -> Tensor:
+        """The selection's indices, checked: it may be anybody's, and no more than was agreed leaves by
+        this door.
+
+        Raises:
+            SelectionError: if they are not what :meth:`Selection.select` promises.
+        """
+        indices = self.selection.select(delta, generator)
         name = f"{type(self.selection).__name__}.select()"
         if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
             got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices)
@@ -112,6 +114,16 @@ class PlainRelease(Release):
 
     def max_fraction(self, size: int) -> float:
         return self.selection.count(size) / size
+
+
+def clamped(
+    indices: Tensor, values: Tensor, bound: float | None, event: PrivacyEvent | None = None
+) -> Released:
+    """``values`` clamped into [-bound, bound], where there is a bound, ready to leave."""
+    if bound is None or not len(values):
+        return Released(indices, values, clamped_fraction=0.0, event=event)
+    bounded = values.clamp(-bound, bound)
+    return Released(indices, bounded, float((bounded != values).float().mean()), event)
 
 
 def require_finite(delta: Tensor) -> None:

@@ -25,8 +25,9 @@ _A_HAIR = 1 + 2.0**-48
 
 
 def grid_below(scale: float) -> float:
-    """The public grid of noise of this scale: the power of two at or just below ``scale * 2**-20``."""
-    return 2.0 ** math.floor(math.log2(scale * _FINE))
+    """The public grid of noise of this scale: the power of two at or just below ``scale * 2**-20``, or
+    the smallest that float32 can tell from zero."""
+    return 2.0 ** max(math.floor(math.log2(scale * _FINE)), -149)
 
 
 def on_grid(values: Floats, scale: float) -> Floats:
@@ -39,6 +40,7 @@ def on_grid(values: Floats, scale: float) -> Floats:
     values /= grid
     np.rint(values, out=values)
     values *= grid
+    values += 0.0  # Makes -0.0, whose sign would tell on which side of zero it was, into 0.0.
     return values
 
 
