@@ -24,6 +24,15 @@ class MergeError(PPDLError):
     """A merge rule returned what cannot be added to the shared parameters; nothing was changed."""
 
 
+class BudgetExhaustedError(PPDLError):
+    """The privacy budget allows no further release."""
+
+
+class TaintedStateError(PPDLError):
+    """Parameters or optimizer state were trained on without noise; releasing what follows would void the
+    guarantee."""
+
+
 class FingerprintMismatchError(PPDLError):
     """A participant shares other parameters than the collaboration it wants to join."""
 
@@ -90,3 +99,23 @@ class UnknownVersionError(AdmissionError):
 
 class TurnNotHeldError(AdmissionError):
     """The participant acted outside its turn: it never took it, or its lease ran out."""
+
+
+class LateUpdateError(TurnNotHeldError):
+    """Under the synchronous protocol: the cycle for which the participant trained was closed without it."""
+
+
+class LedgerError(PPDLError):
+    """The privacy ledger cannot be used: damaged, no ledger, closed, or of a later version."""
+
+
+class LedgerLockedError(LedgerError):
+    """Another run holds the privacy ledger."""
+
+
+class LedgerWriteError(LedgerError):
+    """A release could not be entered into the privacy ledger, so it may not be sent."""
+
+
+class LedgerBehindError(LedgerError):
+    """The server has accepted releases that the privacy ledger does not know."""
