@@ -23,6 +23,7 @@ EXTRAS: dict[str, set[str]] = {
     "redis": set(),
     "ray": set(),
     "dp_accounting": {f"{NAME}.privacy.composition"},
+    "opacus": {f"{NAME}.privacy.record.layers"},
     "opendp": {f"{NAME}.privacy.samplers"},
     "randomgen": {f"{NAME}.privacy.noise"},
 }
