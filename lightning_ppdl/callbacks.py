@@ -11,19 +11,22 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.errors import BudgetExhaustedError, ConfigurationError
 from lightning_ppdl.initial import Initial, initial_vector
 from lightning_ppdl.layout import ParameterLayout, Share
 from lightning_ppdl.participant import Participant, RoundReport
+from lightning_ppdl.privacy.account import Account
+from lightning_ppdl.privacy.mechanism import Mechanism
 from lightning_ppdl.records import Quantity
 
-_ON_PROGRESS_BAR = ("round", "uploaded_bytes", "staleness")
+_ON_PROGRESS_BAR = ("ppdl/round", "ppdl/uploaded_bytes", "ppdl/staleness", "ppdl/epsilon")
 
 
 @runtime_checkable
 class CollaboratingStrategy(Protocol):
     """What the callback needs of the Trainer's strategy; :class:`~lightning_ppdl.DSSGDStrategy` has it."""
 
+    privacy: Mechanism | None
     quantity: Quantity
     share: Share
     share_buffers: str | Sequence[str] | None
@@ -47,7 +50,11 @@ class DSSGDCallback(pl.Callback):
     epoch that is cut short ends its round at ``on_train_epoch_end``.
 
     After each round it logs, as ``ppdl/...`` to every logger and in part to the progress bar, the
-    fields of :class:`~lightning_ppdl.participant.RoundReport`, whatever ``log_every_n_steps`` is.
+    fields of :class:`~lightning_ppdl.participant.RoundReport`, whatever ``log_every_n_steps`` is; under a
+    privacy mechanism also ``epsilon``, the ledger's total, and ``epsilon_remaining``.
+
+    Where the next round, or the next private step, would bring the ledger's total beyond the budget,
+    training stops, or goes on alone: as the mechanism's ``on_exhausted`` says.
 
     Attributes:
         reports: One report a round, of this process.
@@ -61,6 +68,7 @@ class DSSGDCallback(pl.Callback):
         self._steps_before_round = 0
         self._batches = 0
         self._warned = False
+        self._alone = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, CollaboratingStrategy):
@@ -81,7 +89,14 @@ class DSSGDCallback(pl.Callback):
             )
         if self._state is not None:
             self._participant.load_state_dict(self._state)
-        self._warned = False
+        self._warned = self._alone = False
+        account = self._participant.account
+        if account is not None:
+            if self._participant.exhausted:
+                self._spend_no_more(trainer, account, before_training=True)
+            if self._alone:
+                return
+            account.require_untainted()
         if self._participant.join():
             if self._participant.round and isinstance(strategy.initial, int):
                 raise ConfigurationError(
@@ -102,7 +117,7 @@ class DSSGDCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         participant, layout = self._joined()
-        if not participant.in_round:
+        if not participant.in_round and not self._alone:
             layout.assign(participant.begin_round(layout.flatten()))
             if not layout.exact:
                 participant.started_from(layout.flatten())
@@ -113,7 +128,7 @@ class DSSGDCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._strategy.quantity != "gradient":
+        if self._strategy.quantity != "gradient" or self._alone:
             return
         participant, layout = self._joined()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -130,10 +145,16 @@ class DSSGDCallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         participant, _ = self._joined()
+        if self._alone:
+            return
         self._batches += 1
         length = self._strategy.round_length
-        if trainer.is_last_batch if length == "epoch" else self._steps(trainer) >= length:
+        complete = trainer.is_last_batch if length == "epoch" else self._steps(trainer) >= length
+        # Private steps may use up the budget in the middle of a round; then it ends there.
+        if complete or participant.exhausted:
             self._end_round(trainer, on_step=True)
+            if participant.account is not None and participant.exhausted:
+                self._spend_no_more(trainer, participant.account)
         else:
             participant.keep_turn()
 
@@ -154,6 +175,24 @@ class DSSGDCallback(pl.Callback):
         participant, _ = self._joined()
         if participant.in_round:
             self._end_round(trainer, on_step=None)
+
+    def _spend_no_more(self, trainer: pl.Trainer, account: Account, before_training: bool = False) -> None:
+        """The budget is spent: end training, or let it go on without exchanges and without noise."""
+        privacy = self._strategy.privacy
+        assert privacy is not None
+        spent = f"max_epsilon={privacy.max_epsilon!r} allows no further release of privacy={privacy.name!r}"
+        if privacy.on_exhausted == "local":
+            rank_zero_warn(f"{spent}: training goes on without exchanging, and without noise")
+            account.taint("its budget was spent, and on_exhausted='local'")
+            self._alone = True
+        elif before_training:
+            raise BudgetExhaustedError(
+                f"{spent}: the ledger holds {account.spent()}. Raise max_epsilon if whoever answers for the "
+                f"data agrees, or give on_exhausted='local' to train alone"
+            )
+        else:
+            rank_zero_info(f"{spent}: training ends")
+            trainer.should_stop = True
 
     def leave(self) -> None:
         """Leave the collaboration, keeping the state with which a later ``fit()`` comes back."""
@@ -193,14 +232,17 @@ class DSSGDCallback(pl.Callback):
         report = participant.end_round(layout.flatten())
         self.reports.append(report)
         metrics = {f"ppdl/{name}": float(value) for name, value in asdict(report).items()}
+        if participant.account is not None and (trainer.loggers or trainer.progress_bar_callback is not None):
+            metrics |= {f"ppdl/{name}": value for name, value in participant.account.metrics().items()}
         # Lightning drops on-step metrics of steps that log_every_n_steps passes over, and a round may
         # well end on such a step; so the loggers are written to directly.
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         # A self.log costs more than a training step of a small model; it is for eyes on the bar.
         if on_step is not None and trainer.progress_bar_callback is not None:
-            for name in _ON_PROGRESS_BAR:
-                key = f"ppdl/{name}"
+            for key in _ON_PROGRESS_BAR:
+                if key not in metrics:
+                    continue
                 trainer.lightning_module.log(
                     key,
                     metrics[key],

@@ -42,6 +42,7 @@ class SimulateConfig:
     model: Any = MISSING
     optimizer: Any = MISSING
     selection: Any = MISSING
+    privacy: Any = MISSING
     upload: UploadConfig = field(default_factory=UploadConfig)
     download: DownloadConfig = field(default_factory=DownloadConfig)
     protocol: Any = MISSING
@@ -51,6 +52,21 @@ class SimulateConfig:
     trainer: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
 
 
+@dataclass
+class PlanConfig:
+    """``ppdl plan``. Every field may be a list of values to sweep."""
+
+    participants: Any = MISSING
+    rounds: Any = MISSING
+    parameters: Any = MISSING
+    records: Any = MISSING
+    batch_size: Any = MISSING
+    steps_per_round: Any = MISSING
+    privacy: Any = MISSING
+
+
 def register() -> None:
     """Make the schemas known to Hydra."""
-    ConfigStore.instance().store(name="simulate_schema", node=SimulateConfig, provider="lightning_ppdl")
+    store = ConfigStore.instance()
+    store.store(name="simulate_schema", node=SimulateConfig, provider="lightning_ppdl")
+    store.store(name="plan_schema", node=PlanConfig, provider="lightning_ppdl")

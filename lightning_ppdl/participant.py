@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_ppdl import wire
 from lightning_ppdl.backends import Backend
 from lightning_ppdl.errors import ServerUnavailableError, TurnNotHeldError
+from lightning_ppdl.privacy.account import Account
 from lightning_ppdl.privacy.release import Release
 from lightning_ppdl.randomness import torch_generator
 from lightning_ppdl.records import Download, DownloadRequest, Manifest, Receipt, SparseUpdate
@@ -33,7 +34,8 @@ class RoundReport:
         round: Counts from 1.
         merged: Whether the server took the update.
         uploaded_bytes, downloaded_bytes: Sizes of the encoded messages.
-        uploaded_fraction: Released entries over all shared ones.
+        released_values: Entries released, merged or not.
+        uploaded_fraction: The same over all shared entries.
         clamped_fraction: Share of the released values that the bound changed.
         staleness: Updates of others merged in between; 0 where not merged.
         update_norm: L2 norm of the released update.
@@ -45,6 +47,7 @@ class RoundReport:
     merged: bool
     uploaded_bytes: int
     downloaded_bytes: int
+    released_values: int
     uploaded_fraction: float
     clamped_fraction: float
     staleness: int
@@ -64,6 +67,7 @@ class Participant:
         download_fraction: theta_d in (0, 1].
         seed: Of orders and samples that need no secrecy.
         turn_timeout_seconds: The longest it waits for its turn.
+        account: Pays for private releases; None where nothing is private.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Participant:
         download_fraction: float = 1.0,
         seed: int = 0,
         turn_timeout_seconds: float = 3600.0,
+        account: Account | None = None,
     ) -> None:
         self.name = name
         self.manifest = manifest
@@ -83,6 +88,7 @@ class Participant:
         self._download_fraction = download_fraction
         self._seed = seed
         self._turn_timeout_seconds = turn_timeout_seconds
+        self.account = account
         self.round = 0
         """The last round begun."""
         self.in_round = False
@@ -115,6 +121,9 @@ class Participant:
             # Another server: what was downloaded from the old one is no base for anything here.
             self._study, self._version, self._base = membership.study, None, None
         self.round = max(self.round, membership.last_round)
+        if self.account is not None:
+            known = self.account.resume(membership.study, membership.last_round)
+            self.round = max(self.round, known)
         self._renew_seconds = membership.lease_seconds / 4
         return membership.needs_initial
 
@@ -136,6 +145,7 @@ class Participant:
             float32 (P,): the parameters to start local training from, on ``local``'s device.
         """
         started = time.perf_counter()
+        self._resend()
         self._backend.take_turn(self._turn_timeout_seconds)
         self._wait_seconds = time.perf_counter() - started
         self._renewed_at = started = time.perf_counter()
@@ -208,6 +218,8 @@ class Participant:
             np.ascontiguousarray(released.values.cpu().numpy()),
         )
         message = wire.encode_update(update, self.manifest.size)
+        if self.account is not None:
+            self.account.pay(self.round, released.event, len(update.indices), message)
         receipt = self._send(message)
         self.in_round = False
         self._exchange_seconds += time.perf_counter() - started
@@ -216,6 +228,7 @@ class Participant:
             merged=receipt is not None,
             uploaded_bytes=len(message),
             downloaded_bytes=self._downloaded_bytes,
+            released_values=len(update.indices),
             uploaded_fraction=len(update.indices) / self.manifest.size,
             clamped_fraction=released.clamped_fraction,
             staleness=0 if receipt is None else receipt.staleness,
@@ -231,9 +244,16 @@ class Participant:
             self.round -= 1
             self._backend.end_turn()
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the budget forbids the next round, or the next private step."""
+        return self.account is not None and not self.account.affords(self._release.unrecorded + 1)
+
     def leave(self) -> None:
         """Leave the collaboration; :meth:`join` comes back to it."""
         self.in_round = False
+        if self.account is not None and (event := self._release.unreleased_event()) is not None:
+            self.account.pay(self.round, event, 0, None)
         self._backend.leave()
 
     def state_dict(self) -> dict[str, Any]:
@@ -244,11 +264,15 @@ class Participant:
             "version": self._version,
             "base": self._base,
             "complete": self._complete,
+            # Not for this participant's own sake: so that another copy of the ledger learns of them.
+            "ledger": [] if self.account is None else self.account.to_primitives(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._study, self.round = state["study"], state["round"]
         self._version, self._base, self._complete = state["version"], state["base"], state["complete"]
+        if self.account is not None:
+            self.account.merge_primitives(state["ledger"])
 
     def _overwrite(self, local: Tensor, download: Download) -> Tensor:
         values = torch.from_numpy(download.values).to(local.device)
@@ -262,9 +286,21 @@ class Participant:
         start[torch.from_numpy(download.indices).to(local.device)] = values
         return start
 
+    def _resend(self) -> None:
+        """Upload what an earlier life of this participant released and may not have sent: those bytes."""
+        message = None if self.account is None else self.account.unsent()
+        if message is not None:
+            log.info("participant %r: uploading what was released before the restart", self.name)
+            self._backend.take_turn(self._turn_timeout_seconds)
+            self._send(message)
+
     def _send(self, message: bytes) -> Receipt | None:
+        """Upload once. A release that got no receipt is not tried again: it was paid for all the same."""
         try:
-            return self._backend.upload(message)
+            receipt = self._backend.upload(message)
         except (TurnNotHeldError, ServerUnavailableError) as error:
             log.warning("participant %r: round %d was not merged: %s", self.name, self.round, error)
-            return None
+            receipt = None
+        if self.account is not None:
+            self.account.settled()
+        return receipt

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from lightning_ppdl.simulation.results import RoundRow, SimulationResults
+from lightning_ppdl.privacy.accounting import round_up
+from lightning_ppdl.simulation.results import PrivacySummary, RoundRow, SimulationResults
 
 _FILES = ("metrics.csv", "summary.json", "accuracy.png")
 
@@ -48,6 +49,7 @@ def summary(results: SimulationResults) -> dict[str, Any]:
             },
             "centralized": results.centralized.final[0] if results.centralized else None,
         },
+        "privacy": asdict(results.privacy),
         "uploads": results.uploads,
         "uploaded_bytes": sum(row.uploaded_bytes for row in results.rows),
         "downloaded_bytes": sum(row.downloaded_bytes for row in results.rows),
@@ -62,6 +64,20 @@ def summary(results: SimulationResults) -> dict[str, Any]:
         "rounds": len(results.rows),
         "seed": results.seed,
     }
+
+
+def privacy_sentence(privacy: PrivacySummary) -> str:
+    """What was promised to whom, with its epsilon; or that nothing was."""
+    if privacy.epsilon is None:
+        return "No noise was added: nothing here is differentially private."
+    extra = ""
+    if privacy.per_parameter_epsilon is not None:
+        extra = f" (The paper's figure, epsilon per released value: {privacy.per_parameter_epsilon:.4g}.)"
+    simulated = " The noise follows from a public seed: a simulation of it." if privacy.simulated else ""
+    return (
+        f"Differential privacy of each {privacy.unit}, over the whole run: epsilon {round_up(privacy.epsilon)} "
+        f"at delta {privacy.delta:g}; neighbours: {privacy.neighbours}.{extra}{simulated}"
+    )
 
 
 def accuracy_figure(results: SimulationResults) -> Figure:
@@ -136,7 +152,7 @@ def closing_table(results: SimulationResults) -> Table:
     table.caption = (
         f"{facts['uploads']} uploads, {facts['uploaded_bytes'] / 1e6:.2f} MB up, "
         f"{facts['downloaded_bytes'] / 1e6:.2f} MB down; staleness {results.staleness_mean:.1f} on average, "
-        f"{results.staleness_max} at most. No noise was added: nothing here is differentially private."
+        f"{results.staleness_max} at most.\n{privacy_sentence(results.privacy)}"
     )
     table.caption_justify = "left"
     return table

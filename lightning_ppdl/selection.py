@@ -156,6 +156,11 @@ def require_entries(fraction: float, size: int) -> int:
     return count
 
 
+def default_selection(fraction: float | None = None) -> Selection | None:
+    """``LargestValues(fraction)``, or None, nobody's wish, which leaves the choice to what selects by itself."""
+    return None if fraction is None else LargestValues(fraction)
+
+
 def _where(mask: Tensor) -> Tensor:
     """Indices of the true entries; on the CPU numpy finds them several times faster than torch."""
     if mask.device.type == "cpu":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytorch_lightning as pl
@@ -19,7 +21,11 @@ from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.initial import Initial, check_initial
 from lightning_ppdl.layout import ParameterLayout, Share
 from lightning_ppdl.participant import Participant
-from lightning_ppdl.privacy.release import PlainRelease
+from lightning_ppdl.privacy.account import Account
+from lightning_ppdl.privacy.ledger import Ledger
+from lightning_ppdl.privacy.mechanism import Mechanism, Plan
+from lightning_ppdl.privacy.noise import NoiseSource, SecretNoise
+from lightning_ppdl.privacy.release import PlainRelease, Release
 from lightning_ppdl.records import Manifest, Quantity
 from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.validation import (
@@ -43,6 +49,12 @@ class DSSGDStrategy(SingleDeviceStrategy):
         participant: This participant's name at the server. None reads it from ``PPDL_PARTICIPANT``.
         selection: Which entries of an update are uploaded; the largest tenth by default.
         bound: gamma: every uploaded value is clamped into [-bound, bound]; None for no bound.
+        privacy: How releases are made differentially private: a
+            :class:`~lightning_ppdl.privacy.mechanism.Mechanism`. None adds no noise and makes no claim.
+        ledger: Where private releases are entered: the path of this data set's ledger, one for all runs
+            and servers. None reads it from ``PPDL_LEDGER``. Only with ``privacy``.
+        noise: Where noise and secret coins come from; None for the operating system's cryptographic
+            source. A seeded one is for simulations.
         download_fraction: theta_d in (0, 1]: the share of the parameters downloaded before a round.
         round_length: ``"epoch"``, or a number of optimizer steps.
         quantity: ``"change"``: the change of the parameters over the round. ``"gradient"``: the sum
@@ -59,7 +71,8 @@ class DSSGDStrategy(SingleDeviceStrategy):
         ConfigurationError: for an argument that cannot work, when the strategy is made or, where it
             depends on the module, before training starts.
 
-    No noise is added: this strategy makes no claim of differential privacy.
+    Without ``privacy`` no noise is added and nothing is claimed; with it, the mechanism's docstring says
+    what is promised to whom, and ``docs/privacy.md`` what is not.
     """
 
     strategy_name = "dssgd"
@@ -74,6 +87,9 @@ class DSSGDStrategy(SingleDeviceStrategy):
         participant: str | None = None,
         selection: Selection | None = None,
         bound: float | None = None,
+        privacy: Mechanism | None = None,
+        ledger: Ledger | str | Path | None = None,
+        noise: NoiseSource | None = None,
         download_fraction: float = 1.0,
         round_length: int | Literal["epoch"] = "epoch",
         quantity: Quantity = "change",
@@ -90,7 +106,16 @@ class DSSGDStrategy(SingleDeviceStrategy):
             "participant",
             participant if participant is not None else _from_environment("participant", "PPDL_PARTICIPANT"),
         )
-        self.release = PlainRelease(LargestValues() if selection is None else selection, bound)
+        self._selection, self._bound = selection, bound
+        self.privacy = privacy
+        if privacy is None:
+            self._make_plain_release()
+        elif not isinstance(privacy, Mechanism):
+            raise ConfigurationError(
+                f"privacy={privacy!r} must be a mechanism, e.g. privacy=RecordLevel(epsilon=8, delta=1e-5)"
+            )
+        self._ledger = _check_ledger(privacy, ledger, noise)
+        self._noise = noise
         self.download_fraction = require_fraction("download_fraction", download_fraction)
         self.round_length = require_round_length(round_length)
         if quantity not in ("change", "gradient"):
@@ -101,12 +126,18 @@ class DSSGDStrategy(SingleDeviceStrategy):
         self.share = share
         self.share_buffers = share_buffers
         self.initial = check_initial(initial)
+        if privacy is not None and initial == "own":
+            raise ConfigurationError(
+                "initial='own' would send this module's parameters un-noised, beside privacy="
+                f"{privacy.name!r}; give a public seed, or the .safetensors file of public parameters"
+            )
         if not isinstance(seed, int):
             raise ConfigurationError(f"seed={seed!r} must be a whole number")
         self.seed = seed
         self.turn_timeout_seconds = require_positive("turn_timeout_seconds", turn_timeout_seconds)
         self._callback = DSSGDCallback()
         self._fitted: _Fitted | None = None
+        self._opened: Ledger | None = None
 
     @property
     def server_url(self) -> str:
@@ -119,17 +150,60 @@ class DSSGDStrategy(SingleDeviceStrategy):
 
     def make_participant(self, layout: ParameterLayout) -> Participant:
         """The participant that these settings describe, for a module's ``layout``; not joined yet."""
-        manifest = Manifest(
-            layout.specs, self.quantity, self.release.max_fraction(layout.size), self.release.bound
-        )
+        account = None
+        if self.privacy is None:
+            release: Release = self._make_plain_release()
+        else:
+            plan = self._plan(layout)
+            mechanism = self.privacy.calibrated(plan)
+            noise = SecretNoise() if self._noise is None else self._noise
+            release = mechanism.make_release(self._selection, self._bound, noise)
+            planned = plan.steps if mechanism.unit == "record" else plan.rounds
+            account = Account(
+                self._open_ledger(), self.participant, mechanism, mechanism.event(plan), planned
+            )
+        manifest = Manifest(layout.specs, self.quantity, release.max_fraction(layout.size), release.bound)
         return Participant(
             self.participant,
             self._backend,
             manifest,
-            self.release,
+            release,
             self.download_fraction,
             self.seed,
             self.turn_timeout_seconds,
+            account,
+        )
+
+    def _open_ledger(self) -> Ledger:
+        """The ledger, opened: a path's is this strategy's to close, an open one is its owner's."""
+        if isinstance(self._ledger, Ledger):
+            return self._ledger
+        assert self._ledger is not None
+        self._opened = Ledger(self._ledger)
+        return self._opened
+
+    def _make_plain_release(self) -> PlainRelease:
+        return PlainRelease(LargestValues() if self._selection is None else self._selection, self._bound)
+
+    def _plan(self, layout: ParameterLayout) -> Plan:
+        """What this fit() is going to do, from the Trainer; all of it is public."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        steps = trainer.estimated_stepping_batches
+        rounds: float = steps
+        if self.round_length == "epoch":
+            rounds = trainer.max_epochs if trainer.max_epochs is not None else -1
+            rounds = rounds if rounds >= 0 else math.inf
+        else:
+            rounds = math.ceil(steps / self.round_length) if math.isfinite(steps) else math.inf
+        batches = trainer.train_dataloader
+        dataset = getattr(batches, "dataset", None)
+        return Plan(
+            size=layout.size,
+            rounds=int(rounds) if math.isfinite(rounds) else None,
+            steps=int(steps) if math.isfinite(steps) else None,
+            records=len(dataset) if isinstance(dataset, Sized) else None,
+            batch_size=getattr(batches, "batch_size", None),
         )
 
     def setup_environment(self) -> None:
@@ -163,7 +237,12 @@ class DSSGDStrategy(SingleDeviceStrategy):
 
     def teardown(self) -> None:
         # The one hook that runs after success, an exception and Ctrl-C alike.
-        self._callback.leave()
+        try:
+            self._callback.leave()
+        finally:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
         super().teardown()
 
     def _configure_launcher(self) -> None:
@@ -185,6 +264,24 @@ class _Fitted:
 
 def _identities(module: pl.LightningModule) -> tuple[int, ...]:
     return tuple(id(parameter) for parameter in module.parameters())
+
+
+def _check_ledger(
+    privacy: Mechanism | None, ledger: Ledger | str | Path | None, noise: NoiseSource | None
+) -> Ledger | str | Path | None:
+    if privacy is None:
+        if ledger is not None or noise is not None:
+            raise ConfigurationError(
+                f"ledger={ledger!r} and noise={noise!r} are for a privacy mechanism; give privacy=... too"
+            )
+        return None
+    if ledger is None:
+        return _from_environment("ledger", "PPDL_LEDGER")
+    if not isinstance(ledger, Ledger | str | Path):
+        raise ConfigurationError(
+            f"ledger={ledger!r} must be the path of this data set's ledger, e.g. ledger='clinic-a.ledger'"
+        )
+    return ledger
 
 
 def _from_environment(argument: str, variable: str) -> str:

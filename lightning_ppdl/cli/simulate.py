@@ -34,6 +34,7 @@ def make_simulation(cfg: DictConfig) -> Simulation:
         model=build(cfg, "model"),
         optimizer=build(cfg, "optimizer"),
         selection=build(cfg, "selection"),
+        privacy=build(cfg, "privacy"),
         protocol=build(cfg, "protocol"),
         merge=build(cfg, "merge"),
         criterion=build(cfg, "download.criterion"),

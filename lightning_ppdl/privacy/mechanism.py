@@ -50,6 +50,8 @@ class Mechanism(ABC):
     unit: ClassVar[Unit]
     name: ClassVar[str]
     """As in ``privacy=NAME`` on the command line."""
+    selects: ClassVar[bool] = False
+    """Whether it chooses the entries itself, so that a selection beside it is an error."""
 
     delta: float = 0.0
     max_epsilon: float | None = None

@@ -50,6 +50,15 @@ class Release(ABC):
             NonFiniteUpdateError: if ``delta`` holds NaN or infinity.
         """
 
+    @property
+    def unrecorded(self) -> int:
+        """Private steps taken and not yet part of an event; 0 for releases that cost a round each."""
+        return 0
+
+    def unreleased_event(self) -> PrivacyEvent | None:
+        """What was spent since the last release without releasing anything, once; None if nothing was."""
+        return None
+
     @abstractmethod
     def max_fraction(self, size: int) -> float:
         """The most that is ever released of ``size`` entries, as a fraction; checked before training.

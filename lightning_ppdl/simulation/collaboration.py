@@ -9,16 +9,20 @@ from functools import partial
 import pytorch_lightning as pl
 import torch
 
+from lightning_ppdl.callbacks import DSSGDCallback
 from lightning_ppdl.data import ArrayDataset, Splits, loader
 from lightning_ppdl.layout import ParameterLayout
 from lightning_ppdl.models import Classifier
+from lightning_ppdl.privacy.accounting import in_parallel, per_parameter_epsilon, total
+from lightning_ppdl.privacy.ledger import Ledger
 from lightning_ppdl.privacy.release import PlainRelease
 from lightning_ppdl.randomness import derive_seed, numpy_generator, torch_generator
 from lightning_ppdl.records import Receipt
+from lightning_ppdl.selection import LargestValues
 from lightning_ppdl.server.core import ParameterServer
 from lightning_ppdl.simulation.evaluation import Evaluator
 from lightning_ppdl.simulation.link import SimulatedLink
-from lightning_ppdl.simulation.results import Progress, RoundRow
+from lightning_ppdl.simulation.results import PrivacySummary, Progress, RoundRow
 from lightning_ppdl.simulation.scheduler import Scheduler
 from lightning_ppdl.simulation.settings import Simulation
 from lightning_ppdl.strategy import DSSGDStrategy
@@ -55,7 +59,11 @@ class Collaboration:
         first = simulation.make_module(splits)
         layout = ParameterLayout(first)
         self.parameters = layout.size
-        PlainRelease(simulation.selection, simulation.bound).max_fraction(layout.size)
+        if simulation.privacy is None:
+            plain = LargestValues() if simulation.selection is None else simulation.selection
+            PlainRelease(plain, simulation.bound).max_fraction(layout.size)
+        self._callbacks: list[DSSGDCallback] = []
+        self._ledgers: list[Ledger] = []
         self._server = ParameterServer(
             protocol=simulation.protocol,
             merge=simulation.merge,
@@ -75,7 +83,9 @@ class Collaboration:
         self._round_started = 0.0
         for index, (name, share) in enumerate(zip(names, shares, strict=True)):
             module = first if index == 0 else simulation.make_module(splits)
-            trainer = simulation.make_trainer(strategy=self._strategy(name, module))
+            callback = DSSGDCallback()
+            self._callbacks.append(callback)
+            trainer = simulation.make_trainer(strategy=self._strategy(name, module), callbacks=[callback])
             self._add(name, module, trainer, share)
 
     def run(self, progress: Progress) -> list[RoundRow]:
@@ -105,6 +115,27 @@ class Collaboration:
         """Over accepted uploads; 0 if there were none."""
         return max(self._staleness, default=0)
 
+    def privacy(self) -> PrivacySummary:
+        """The cost of the participant that spent most: their data are disjoint."""
+        released = sum(report.released_values for callback in self._callbacks for report in callback.reports)
+        mechanism = self._simulation.privacy
+        if mechanism is None:
+            return PrivacySummary("none", simulated=False, released_values=released)
+        events = [ledger.events() for ledger in self._ledgers]
+        most = in_parallel(total(each, mechanism.delta) for each in events)
+        figures = [figure for event in events[0] if (figure := per_parameter_epsilon(event)) is not None]
+        return PrivacySummary(
+            mechanism=mechanism.name,
+            simulated=self._simulation.make_noise("").simulated,
+            released_values=released,
+            epsilon=most.epsilon,
+            delta=most.delta,
+            unit=most.unit,
+            neighbours=most.neighbours,
+            method=most.method,
+            per_parameter_epsilon=max(figures, default=None),
+        )
+
     def _strategy(self, name: str, module: Classifier) -> DSSGDStrategy:
         settings = self._simulation
         speed = numpy_generator(settings.seed, name, "speed").uniform(
@@ -119,11 +150,18 @@ class Collaboration:
             generator=numpy_generator(settings.seed, name, "drops"),
             after_upload=partial(self._after_upload, module),
         )
+        ledger = None
+        if settings.privacy is not None:
+            ledger = Ledger(None)
+            self._ledgers.append(ledger)
         return DSSGDStrategy(
             server=link,
             participant=name,
             selection=settings.selection,
             bound=settings.bound,
+            privacy=settings.privacy,
+            ledger=ledger,
+            noise=None if ledger is None else settings.make_noise(name),
             download_fraction=settings.download_fraction,
             round_length=settings.round_length,
             quantity=settings.quantity,

@@ -71,6 +71,7 @@ def _simulate(simulation: Simulation, progress: Progress) -> SimulationResults:
         staleness_mean=collaboration.staleness_mean,
         staleness_max=collaboration.staleness_max,
         seconds=collaboration.seconds,
+        privacy=collaboration.privacy(),
         standalone=standalone,
         centralized=centralized,
     )

@@ -48,6 +48,33 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class PrivacySummary:
+    """What the run cost in privacy; no figure where no guarantee was given.
+
+    Args:
+        mechanism: As in ``privacy=NAME``; ``"none"`` for no noise.
+        simulated: Whether the noise follows from a public seed, so that nothing was really protected.
+        released_values: Values that left, over all participants, merged or not.
+        epsilon, delta: The largest total over the participants, whose data are disjoint.
+        unit: Whose presence is hidden: ``"participant"`` or ``"record"``.
+        neighbours: The neighbouring relation.
+        method: How the total was composed.
+        per_parameter_epsilon: The paper's figure: what a round cost over the values it may release. No
+            measure of what leaked.
+    """
+
+    mechanism: str
+    simulated: bool
+    released_values: int
+    epsilon: float | None = None
+    delta: float | None = None
+    unit: str | None = None
+    neighbours: str | None = None
+    method: str | None = None
+    per_parameter_epsilon: float | None = None
+
+
+@dataclass(frozen=True)
 class SimulationResults:
     """All figures of one simulation.
 
@@ -57,6 +84,7 @@ class SimulationResults:
         uploads: Accepted ones.
         staleness_mean, staleness_max: Over all accepted uploads.
         seconds: Wall clock of the collaboration, evaluation excluded.
+        privacy: What it cost in privacy.
         standalone, centralized: The baselines, None where not run.
     """
 
@@ -68,5 +96,6 @@ class SimulationResults:
     staleness_mean: float
     staleness_max: int
     seconds: float
+    privacy: PrivacySummary
     standalone: Curve | None
     centralized: Curve | None

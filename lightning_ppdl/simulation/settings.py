@@ -17,6 +17,8 @@ from lightning_ppdl.data import DataSource, Splits
 from lightning_ppdl.errors import ConfigurationError, PPDLError
 from lightning_ppdl.models import Classifier, OptimizerFactory
 from lightning_ppdl.partition import Partition
+from lightning_ppdl.privacy.mechanism import Mechanism
+from lightning_ppdl.privacy.noise import NoiseSource, SecretNoise, SeededNoise
 from lightning_ppdl.privacy.release import PlainRelease
 from lightning_ppdl.randomness import derive_seed
 from lightning_ppdl.records import Quantity
@@ -62,7 +64,9 @@ class Simulation:
         rounds: Rounds of each participant.
         round_length: ``"epoch"``, or optimizer steps.
         batch_size: Examples in a mini-batch.
-        selection, bound, quantity, download_fraction: As in :class:`~lightning_ppdl.DSSGDStrategy`.
+        selection, bound, privacy, quantity, download_fraction: As in
+            :class:`~lightning_ppdl.DSSGDStrategy`. Noise follows from the seed, so that runs repeat, and
+            results are marked as simulated; only a mechanism with ``exact=True`` draws secret noise.
         protocol, merge, criterion: As in :class:`~lightning_ppdl.ParameterServer`.
         speed_spread: In [0, 1): participants' speeds are drawn from [1 - spread, 1 + spread]; a round
             takes 1 / speed of virtual time.
@@ -85,8 +89,9 @@ class Simulation:
     rounds: int = 10
     round_length: int | Literal["epoch"] = "epoch"
     batch_size: int = 10
-    selection: Selection = field(default_factory=LargestValues)
+    selection: Selection | None = None
     bound: float | None = None
+    privacy: Mechanism | None = None
     quantity: Quantity = "change"
     download_fraction: float = 1.0
     protocol: ExchangeProtocol = field(default_factory=RoundRobin)
@@ -110,7 +115,13 @@ class Simulation:
             if not 0 <= value < 1:
                 raise ConfigurationError(f"{name}={value!r} must be in [0, 1)")
         require_fraction("download.fraction", self.download_fraction)
-        PlainRelease(self.selection, self.bound)
+        if self.privacy is None:
+            PlainRelease(LargestValues() if self.selection is None else self.selection, self.bound)
+        elif self.privacy.selects and self.selection is not None:
+            raise ConfigurationError(
+                f"selection={self.selection!r} beside privacy={self.privacy.name!r}: the mechanism selects by "
+                f"itself; leave out selection, and set privacy.fraction"
+            )
         if self.quantity not in ("change", "gradient"):
             raise ConfigurationError(f"quantity={self.quantity!r} must be 'change' or 'gradient'")
         merge = self.merge or self.protocol.default_merge()
@@ -131,6 +142,12 @@ class Simulation:
     def work(self) -> int:
         """Participant-rounds of the whole run, baselines included: what progress counts up to."""
         return self.participants * self.rounds * (1 + len(set(self.baselines)))
+
+    def make_noise(self, name: str) -> NoiseSource:
+        """The noise of the participant ``name``: it follows from the seed, but for exact samplers."""
+        if self.privacy is not None and self.privacy.exact:
+            return SecretNoise()
+        return SeededNoise(self.seed, name, "noise", simulated=True)
 
     def make_module(self, splits: Splits) -> Classifier:
         """A classifier with the initial parameters, which follow from the public seed."""
