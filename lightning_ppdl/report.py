@@ -75,8 +75,8 @@ def privacy_sentence(privacy: PrivacySummary) -> str:
         extra = f" (The paper's figure, epsilon per released value: {privacy.per_parameter_epsilon:.4g}.)"
     simulated = " The noise follows from a public seed: a simulation of it." if privacy.simulated else ""
     return (
-        f"Differential privacy of each {privacy.unit}, over the whole run: epsilon {round_up(privacy.epsilon)} "
-        f"at delta {privacy.delta:g}; neighbours: {privacy.neighbours}.{extra}{simulated}"
+        f"Differential privacy of each {privacy.unit}, over the whole run: epsilon "
+        f"{round_up(privacy.epsilon)} at delta {privacy.delta:g}; neighbours: {privacy.neighbours}.{extra}{simulated}"
     )
 
 

@@ -157,7 +157,7 @@ def require_entries(fraction: float, size: int) -> int:
 
 
 def default_selection(fraction: float | None = None) -> Selection | None:
-    """``LargestValues(fraction)``, or None, nobody's wish, which leaves the choice to what selects by itself."""
+    """``LargestValues(fraction)``, or None, which leaves the choice to the strategy and its mechanism."""
     return None if fraction is None else LargestValues(fraction)
 
 

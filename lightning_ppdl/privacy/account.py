@@ -113,9 +113,9 @@ class Account:
         reason = self._ledger.tainted(self._participant)
         if reason is not None and self._mechanism.unit == "record":
             raise TaintedStateError(
-                f"participant {self._participant!r} was trained on without noise ({reason}): nothing that follows "
-                f"from its parameters and its optimizer's state may be released at the level of records. Begin "
-                f"anew with a new module and without its checkpoints, and then say so with "
+                f"participant {self._participant!r} was trained on without noise ({reason}): nothing that "
+                f"follows from its parameters and its optimizer's state may be released at the level of "
+                f"records. Begin anew with a new module and without its checkpoints, and then say so with "
                 f"Ledger({str(self._ledger.path)!r}).clear_taint({self._participant!r})"
             )
 

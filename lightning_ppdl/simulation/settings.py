@@ -119,8 +119,8 @@ class Simulation:
             PlainRelease(LargestValues() if self.selection is None else self.selection, self.bound)
         elif self.privacy.selects and self.selection is not None:
             raise ConfigurationError(
-                f"selection={self.selection!r} beside privacy={self.privacy.name!r}: the mechanism selects by "
-                f"itself; leave out selection, and set privacy.fraction"
+                f"selection={self.selection!r} beside privacy={self.privacy.name!r}: the mechanism selects "
+                f"by itself; leave out selection, and set privacy.fraction"
             )
         if self.quantity not in ("change", "gradient"):
             raise ConfigurationError(f"quantity={self.quantity!r} must be 'change' or 'gradient'")
