@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 
 from lightning_ppdl import __version__
 
-_COMMANDS = {"simulate": "many participants on one machine, from data to a picture of what they gain"}
+_COMMANDS = {
+    "simulate": "many participants on one machine, from data to a picture of what they gain",
+    "plan": "what a private run would cost and could learn, before it is run",
+}
 
 
 def main() -> int:
@@ -25,9 +29,9 @@ def main() -> int:
         hint = f"did you mean {close[0]!r}?" if close else "see ppdl --help"
         print(f"ppdl: there is no command {command!r}; {hint}", file=sys.stderr)
         return 2
-    from lightning_ppdl.cli.simulate import run
-
-    return run(arguments[1:])
+    # Only now, and only that one: each brings libraries that the others do without.
+    status: int = importlib.import_module(f"lightning_ppdl.cli.{command}").run(arguments[1:])
+    return status
 
 
 def _help() -> str:
@@ -40,5 +44,6 @@ def _help() -> str:
         f"  ppdl simulate experiment=digits            a finished collaboration in half a minute\n"
         f"  ppdl simulate selection.fraction=0.01      change a setting\n"
         f"  ppdl simulate --multirun seed=0,1,2        sweep\n"
-        f"  ppdl simulate --cfg job                    show the configuration, run nothing"
+        f"  ppdl simulate --cfg job                    show the configuration, run nothing\n"
+        f"  ppdl plan privacy=record rounds=[10,100]   what privacy would cost"
     )

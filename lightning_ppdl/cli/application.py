@@ -146,12 +146,12 @@ def _report(name: str, error: Exception, arguments: Sequence[str], wants_traceba
         traceback.print_exception(error.__cause__)
     elif wants_traceback or not expected:
         traceback.print_exception(error)
-    explained = _explain(error, arguments) if not isinstance(error, PPDLError) else str(error)
+    explained = _explain(name, error, arguments) if not isinstance(error, PPDLError) else str(error)
     print(f"ppdl {name}: {explained}", file=sys.stderr)
     return 2 if expected and not isinstance(error, ParticipantFailedError) else 1
 
 
-def _explain(error: BaseException, arguments: Sequence[str]) -> str:
+def _explain(name: str, error: BaseException, arguments: Sequence[str]) -> str:
     message = str(error).strip().partition("\nConfig search path:")[0]
     unknown = re.search(r"Could not override '([^']+)'", message)
     if unknown is None:
@@ -160,12 +160,12 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> str:
         key = unknown[1]
         given = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
         if key.startswith(_OPEN):
-            name, _, value = given.partition("=")
+            argument, _, value = given.partition("=")
             parsed = OmegaConf.from_dotlist([f"value={value}"]).value
-            return trainer_argument_problem(name.removeprefix(_OPEN), parsed) or (
+            return trainer_argument_problem(argument.removeprefix(_OPEN), parsed) or (
                 f"{given}: write +{given} to pass a Trainer argument that is not among the settings"
             )
-        close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.6)
+        close = difflib.get_close_matches(key, _known_keys(name), n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else "--cfg job shows all of them"
         return f"{given}: there is no setting {key!r}; {hint}"
     parts = [message]
@@ -180,14 +180,14 @@ def _explain(error: BaseException, arguments: Sequence[str]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _known_keys() -> list[str]:
+def _known_keys(name: str) -> list[str]:
     """The keys of the configuration without the user's overrides."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
     with initialize_config_module("lightning_ppdl.conf.ppdl", version_base="1.3"):
-        config = compose("simulate")
+        config = compose(name)
     return [*_leaves(OmegaConf.to_container(config), "")]
 
 
