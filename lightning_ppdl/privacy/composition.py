@@ -17,8 +17,8 @@ _PLD_MOST_EPSILON = 500.0
 """Beyond it exp(epsilon) overflows in the loss distributions, and nobody needs the digits."""
 _PLD_LEAST_DELTA = 1e-10
 """Below it the rounding errors of the Fourier transforms that compose the distributions show."""
-_FINEST = 1e-4
-_RELATIVE = 5e-5
+_FINEST = 2e-4
+_RELATIVE = 1e-4
 _WHOLE_ORDERS = (1.25, 1.5, *range(2, 65), 80, 96, 128, 192, 256, 512, 1024, 4096)
 _ORDERS = (*(x / 20 for x in range(21, 40)), *(x / 10 for x in range(20, 110)), *_WHOLE_ORDERS[11:])
 """Fractional orders tell more and take far longer."""
