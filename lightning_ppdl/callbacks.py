@@ -37,6 +37,9 @@ class CollaboratingStrategy(Protocol):
     def server_url(self) -> str:
         """The server's address."""
 
+    def go_local(self) -> None:
+        """From here on nothing is released, and training goes on without noise."""
+
     def make_participant(self, layout: ParameterLayout) -> Participant:
         """A participant that shares what ``layout`` names, not joined yet."""
 
@@ -185,6 +188,7 @@ class DSSGDCallback(pl.Callback):
             rank_zero_warn(f"{spent}: training goes on without exchanging, and without noise")
             account.taint("its budget was spent, and on_exhausted='local'")
             self._alone = True
+            self._strategy.go_local()
         elif before_training:
             raise BudgetExhaustedError(
                 f"{spent}: the ledger holds {account.spent()}. Raise max_epsilon if whoever answers for the "

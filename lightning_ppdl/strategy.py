@@ -8,12 +8,13 @@ import weakref
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.types import STEP_OUTPUT
 
 from lightning_ppdl.backends import Backend, connect
 from lightning_ppdl.callbacks import DSSGDCallback
@@ -25,7 +26,9 @@ from lightning_ppdl.privacy.account import Account
 from lightning_ppdl.privacy.ledger import Ledger
 from lightning_ppdl.privacy.mechanism import Mechanism, Plan
 from lightning_ppdl.privacy.noise import NoiseSource, SecretNoise
+from lightning_ppdl.privacy.record.record_level import PrivateStepsRelease, RecordLevel
 from lightning_ppdl.privacy.release import PlainRelease, Release
+from lightning_ppdl.private_training import PrivateTraining
 from lightning_ppdl.records import Manifest, Quantity
 from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.validation import (
@@ -115,7 +118,11 @@ class DSSGDStrategy(SingleDeviceStrategy):
                 f"privacy={privacy!r} must be a mechanism, e.g. privacy=RecordLevel(epsilon=8, delta=1e-5)"
             )
         self._ledger = _check_ledger(privacy, ledger, noise)
-        self._noise = noise
+        self._noise = SecretNoise() if noise is None and privacy is not None else noise
+        self._private: PrivateTraining | None = None
+        if isinstance(privacy, RecordLevel):
+            assert self._noise is not None
+            self._private = PrivateTraining(privacy, self._noise)
         self.download_fraction = require_fraction("download_fraction", download_fraction)
         self.round_length = require_round_length(round_length)
         if quantity not in ("change", "gradient"):
@@ -156,8 +163,11 @@ class DSSGDStrategy(SingleDeviceStrategy):
         else:
             plan = self._plan(layout)
             mechanism = self.privacy.calibrated(plan)
-            noise = SecretNoise() if self._noise is None else self._noise
-            release = mechanism.make_release(self._selection, self._bound, noise)
+            assert self._noise is not None
+            release = mechanism.make_release(self._selection, self._bound, self._noise)
+            if self._private is not None:
+                assert isinstance(mechanism, RecordLevel) and isinstance(release, PrivateStepsRelease)
+                self._private.start(mechanism, release)
             planned = plan.steps if mechanism.unit == "record" else plan.rounds
             account = Account(
                 self._open_ledger(), self.participant, mechanism, mechanism.event(plan), planned
@@ -196,8 +206,8 @@ class DSSGDStrategy(SingleDeviceStrategy):
             rounds = rounds if rounds >= 0 else math.inf
         else:
             rounds = math.ceil(steps / self.round_length) if math.isfinite(steps) else math.inf
-        batches = trainer.train_dataloader
-        dataset = getattr(batches, "dataset", None)
+        batches = self._private if self._private is not None else trainer.train_dataloader
+        dataset = getattr(trainer.train_dataloader, "dataset", None)
         return Plan(
             size=layout.size,
             rounds=int(rounds) if math.isfinite(rounds) else None,
@@ -217,6 +227,9 @@ class DSSGDStrategy(SingleDeviceStrategy):
             callbacks.append(self._callback)
         else:
             self._callback = attached[0]
+        if self._private is not None and self._private not in callbacks:
+            # First of all, so that nobody is sent, or handed, a gradient without noise.
+            callbacks.insert(0, self._private)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         # Lightning makes new ones at each fit(): momentum would be lost and schedulers start over.
@@ -229,6 +242,23 @@ class DSSGDStrategy(SingleDeviceStrategy):
                 "are made anew"
             )
         super().setup_optimizers(trainer)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        if self._private is None:
+            return dataloader
+        assert self.lightning_module is not None
+        return self._private.process_dataloader(self.lightning_module.trainer, dataloader)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        if self._private is None:
+            return super().training_step(*args, **kwargs)
+        return self._private.training_step(super().training_step, *args, **kwargs)
+
+    def go_local(self) -> None:
+        """From here on nothing is released: train without noise, where noise was added to gradients."""
+        if self._private is not None:
+            self._private.go_local()
 
     def on_train_end(self) -> None:
         super().on_train_end()

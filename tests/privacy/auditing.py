@@ -71,4 +71,4 @@ def epsilon_at_least(first: Floats, second: Floats, delta: float = 0.0) -> float
         return math.log((low - delta) / high) if low > delta else 0.0
 
     events = [(sign, swap, cut) for sign in (1, -1) for swap in (False, True) for cut in cuts.tolist()]
-    return bound(1, *max(events, key=lambda event: bound(0, *event)))
+    return max(0.0, bound(1, *max(events, key=lambda event: bound(0, *event))))

@@ -67,7 +67,7 @@ class Twin:
         runs = np.arange(len(released))
         uploaded = np.zeros(len(released), dtype=int)
         for j in range(len(delta)):
-            turn = np.minimum(uploaded, self.uploads - 1)
+            turn = np.minimum(uploaded, draws.thresholds.shape[1] - 1)
             noised_threshold = self.threshold + threshold_scale * draws.thresholds[runs, turn]
             answer = abs(bounded[j]) + query_scale * draws.queries[:, j]
             upload = answer >= noised_threshold

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ class Capture:
         }
         if not self.parameters:
             raise ConfigurationError("the module has no trainable parameters; there is nothing to train")
+        self.dtype = accumulation_dtype(self.parameters.values())
         self._order = {parameter: position for position, parameter in enumerate(self.parameters.values())}
         self._uses: dict[nn.Parameter, list[PerExample]] = {}
         self._examples: int | None = None
@@ -116,11 +117,14 @@ class Capture:
                 f"the input of a {type(layer).__name__} was changed in place after the layer had used it; "
                 f"make that operation out of place (x = x + y instead of x += y)"
             )
-        if backprops.dtype in (torch.float16, torch.bfloat16):
-            backprops = backprops.float()
         with torch.no_grad():
-            for parameter, gradients in rule(layer, arguments, backprops.detach()).items():
+            for parameter, gradients in rule(layer, arguments, backprops.detach().to(self.dtype)).items():
                 self._uses.setdefault(parameter, []).append(gradients)
+
+
+def accumulation_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    """What norms and sums are computed in: float32, also in lower precision, or float64 if anything is."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 
 def _rules(module: nn.Module) -> dict[nn.Module, Rule]:

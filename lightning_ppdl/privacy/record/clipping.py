@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ppdl.privacy.noise import Floats
+from lightning_ppdl.privacy.record.capture import accumulation_dtype
 from lightning_ppdl.privacy.record.gradients import PerExample
 from lightning_ppdl.validation import require_positive
 
@@ -54,9 +55,8 @@ class ClippedSum:
     def __init__(self, parameters: Sequence[nn.Parameter], clip: float) -> None:
         self.clip = require_positive("clip", clip)
         sizes = [parameter.numel() for parameter in parameters]
-        device = parameters[0].device
-        double = any(parameter.dtype == torch.float64 for parameter in parameters)
-        self.total = torch.zeros(sum(sizes), dtype=torch.float64 if double else torch.float32, device=device)
+        dtype, device = accumulation_dtype(parameters), parameters[0].device
+        self.total = torch.zeros(sum(sizes), dtype=dtype, device=device)
         """(P,): the sum so far."""
         self._parts = torch.split(self.total, sizes)
 
@@ -108,8 +108,8 @@ class NoisyGradient:
         self._factor = self._deviation / require_positive("expected_batch_size", expected_batch_size)
         self._draw = draw
         sizes = [parameter.numel() for parameter in parameters]
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-        self._noisy = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device)
+        dtype, device = accumulation_dtype(parameters), parameters[0].device
+        self._noisy = torch.empty(sum(sizes), dtype=dtype, device=device)
         parts = torch.split(self._noisy, sizes)
         self._parts = [(p, part.view_as(p)) for part, p in zip(parts, parameters, strict=True)]
 
