@@ -58,7 +58,7 @@ def epsilon_at_least(first: Floats, second: Floats, delta: float = 0.0) -> float
     """
     cuts = np.concatenate([first[::2], second[::2]])
     cuts = np.unique(cuts[np.isfinite(cuts)])
-    cuts = cuts[np.linspace(0, len(cuts) - 1, min(len(cuts), 200)).astype(int)]
+    cuts = cuts[np.linspace(0, len(cuts) - 1, min(len(cuts), 60)).astype(int)]
 
     def bound(half: int, sign: int, swap: bool, cut: float) -> float:
         likely, unlikely = (second, first) if swap else (first, second)
