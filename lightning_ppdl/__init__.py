@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from lightning_ppdl.server.protocol import ExchangeProtocol as ExchangeProtocol
     from lightning_ppdl.server.protocol import RandomOrder as RandomOrder
     from lightning_ppdl.server.protocol import RoundRobin as RoundRobin
+    from lightning_ppdl.server.protocol import Synchronous as Synchronous
+    from lightning_ppdl.server.protocol import TurnTaking as TurnTaking
     from lightning_ppdl.strategy import DSSGDStrategy as DSSGDStrategy
 
 # Importing this package is cheap, and pulls in neither torch nor Lightning: Hydra imports it in every
@@ -53,7 +55,14 @@ _HOMES = {
         "ServerOptimizer",
         "StalenessWeighted",
     ),
-    "server.protocol": ("Asynchronous", "ExchangeProtocol", "RandomOrder", "RoundRobin"),
+    "server.protocol": (
+        "Asynchronous",
+        "ExchangeProtocol",
+        "RandomOrder",
+        "RoundRobin",
+        "Synchronous",
+        "TurnTaking",
+    ),
     "strategy": ("DSSGDStrategy",),
 }
 _EXPORTS = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}

@@ -183,11 +183,12 @@ class SparseUpdate:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The server's word that a round was merged.
+    """The server's word that a round was accepted.
 
     Args:
         round: The participant's round.
-        version: The version that the merge made.
+        version: The version that the merge made; under the synchronous protocol the one that it makes
+            at the end of the cycle, if enough others upload.
         staleness: Updates of others merged between the round's download and its upload.
     """
 
@@ -211,9 +212,10 @@ class ServerStatus:
     """The server at a glance; holds no parameter value.
 
     Args:
-        version: Updates merged so far.
+        version: Merges so far.
         parameters: Entries of the shared vector, 0 before the first join.
-        turn: Whose turn it is; None without turns, or when nobody is there.
+        awaited: Whom those who wait for a turn are waiting for: whoever has it, or under the synchronous
+            protocol all whose upload the cycle still lacks. Empty without turns.
         members: All that ever joined.
         uploads, uploaded_bytes, downloaded_bytes: Totals over accepted uploads and served downloads,
             in encoded bytes.
@@ -222,7 +224,7 @@ class ServerStatus:
 
     version: int
     parameters: int
-    turn: str | None
+    awaited: tuple[str, ...]
     members: tuple[MemberStatus, ...]
     uploads: int
     uploaded_bytes: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from lightning_ppdl import wire
@@ -64,8 +65,16 @@ def find(url: str) -> ParameterServer:
 class Wait(Protocol):
     """How a participant's thread of control passes the time until something is ready."""
 
-    def __call__(self, ready: Callable[[], bool], timeout_seconds: float) -> bool:
-        """Return True as soon as ``ready()`` does, False after the timeout."""
+    def __call__(
+        self, ready: Callable[[], bool], timeout_seconds: float, expiry: Callable[[], float]
+    ) -> bool:
+        """Return True as soon as ``ready()`` does, False after the timeout.
+
+        Args:
+            ready: May change its answer when somebody acts, and when time passes.
+            timeout_seconds: The longest to wait.
+            expiry: In how many seconds time alone may next change the answer.
+        """
 
 
 class MemoryBackend(Backend):
@@ -97,10 +106,12 @@ class MemoryBackend(Backend):
 
     def take_turn(self, timeout_seconds: float) -> None:
         server = self._server
-        if not self._wait(lambda: server.take_turn(self._participant), timeout_seconds):
+        ready = partial(server.take_turn, self._participant)
+        if not self._wait(ready, timeout_seconds, server.seconds_to_expiry):
+            awaited = ", ".join(map(repr, server.status().awaited)) or "others to join"
             raise TurnTimeoutError(
                 f"participant {self._participant!r} waited {timeout_seconds:g} seconds for its turn at "
-                f"{self.url!r}; {server.status().turn!r} has it"
+                f"{self.url!r}, which is waiting for {awaited}"
             )
 
     def renew_turn(self) -> None:
@@ -131,7 +142,7 @@ class MemoryBackend(Backend):
             raise ServerClosedError(f"not connected to {self.url!r}: join() first")
         return self._joined
 
-    def _block(self, ready: Callable[[], bool], timeout_seconds: float) -> bool:
+    def _block(self, ready: Callable[[], bool], timeout_seconds: float, expiry: Callable[[], float]) -> bool:
         deadline = time.monotonic() + timeout_seconds
         changed = self._server.changed
         with changed:
@@ -139,8 +150,9 @@ class MemoryBackend(Backend):
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return False
-                # Woken by every change of turn; the second is for leases that run out silently.
-                changed.wait(min(remaining, 1.0))
+                # Woken by every change of turn, but not by leases that run out silently. The server's
+                # clock need not be this one: look again after a second in any case.
+                changed.wait(min(remaining, 1.0, max(0.01, expiry())))
         return True
 
 

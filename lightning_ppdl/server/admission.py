@@ -3,55 +3,99 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_ppdl.errors import (
     BoundExceededError,
+    ConfigurationError,
     FractionExceededError,
     IndexOutOfRangeError,
     JoinRefusedError,
     MalformedUpdateError,
     MergeError,
     NonFiniteValueError,
+    UnknownParticipantError,
     UnknownVersionError,
     UnsortedIndicesError,
 )
 from lightning_ppdl.records import Manifest, SparseUpdate, Vector, entries
+from lightning_ppdl.server.merge import MergeRule
 from lightning_ppdl.server.store import Change, Store
-from lightning_ppdl.validation import require_fraction, require_positive
+from lightning_ppdl.validation import require_fraction, require_name, require_positive
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the server agrees to at most.
+    """Who may join, and what the server agrees to at most.
 
     Args:
         upload_fraction: theta_u in (0, 1].
         bound: gamma; None for any bound, and none.
+        members: Names; None admits anyone.
     """
 
     upload_fraction: float = 1.0
     bound: float | None = None
+    members: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         require_fraction("upload_fraction", self.upload_fraction)
         if self.bound is not None:
             require_positive("bound", self.bound)
+        members = self.members
+        if members is None:
+            return
+        if not isinstance(members, str):
+            for name in members:
+                require_name("members", name)
+        if isinstance(members, str) or len(set(members)) != len(members) or not members:
+            raise ConfigurationError(
+                f"members={list(members)!r} must be a list that names each participant once"
+            )
 
-    def check_manifest(self, manifest: Manifest, server: str) -> None:
-        """Raise JoinRefusedError if a participant declares more than these terms.
+    def check_join(self, participant: str, manifest: Manifest, rule: MergeRule, server: str) -> None:
+        """Raise unless ``participant`` may join with what it declares.
 
-        NaN, which is neither above nor below anything, is refused.
+        A fraction or bound that is NaN, which is neither above nor below anything, is refused.
+
+        Args:
+            participant: Its name.
+            manifest: What it declares.
+            rule: What will merge its updates.
+            server: The address it used, for error messages.
+
+        Raises:
+            UnknownParticipantError: if it is not among the members.
+            JoinRefusedError: if it declares more than these terms, or what the rule cannot merge.
         """
+        require_name("participant", participant)
+        if self.members is not None and participant not in self.members:
+            raise UnknownParticipantError(
+                f"participant={participant!r} is not among the members of {server!r}; ask its operator to "
+                f"add it"
+            )
+        if manifest.quantity not in rule.quantities:
+            raise JoinRefusedError(
+                f"quantity={manifest.quantity!r} cannot be merged by {type(rule).__name__}; serve "
+                f"{server!r} with merge=ServerOptimizer(functools.partial(torch.optim.SGD, lr=...))"
+            )
         if not 0 < manifest.upload_fraction <= self.upload_fraction:
             raise JoinRefusedError(
                 f"upload fraction {manifest.upload_fraction:g} is not within what {server!r} agrees to, "
                 f"0 to {self.upload_fraction:g}; lower selection.fraction"
             )
         limit = math.inf if self.bound is None else self.bound
-        if not 0 < (math.inf if manifest.bound is None else manifest.bound) <= limit:
+        if manifest.bound is None:
+            if self.bound is not None:
+                raise JoinRefusedError(
+                    f"{server!r} agrees to values of magnitude {self.bound:g} at most, and this participant "
+                    f"promises no bound: give bound={self.bound:g}. Noise goes beyond the bound of what it "
+                    f"is added to; a privacy mechanism has to truncate what it releases as well"
+                )
+        elif not 0 < manifest.bound <= limit:
             raise JoinRefusedError(
                 f"bound={manifest.bound!r} is not within what {server!r} agrees to, 0 to {limit:g}; give "
                 f"bound={1.0 if self.bound is None else self.bound:g}"

@@ -1,119 +1,92 @@
-"""Whose turn it is. Turns are leases: a participant that falls silent loses its turn, and nobody waits
-for it longer than the lease."""
+"""Who may exchange with the server now, and what is merged when: the server's side of a protocol."""
 
 from __future__ import annotations
 
-import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+import math
+from abc import ABC, abstractmethod
 
-from lightning_ppdl.server.protocol import ExchangeProtocol
-
-log = logging.getLogger(__name__)
+from lightning_ppdl.records import SparseUpdate
+from lightning_ppdl.server.merge import MergeContext
 
 
-class Turns:
-    """The queue of turns under an exchange protocol that takes them. Not thread-safe: the server locks.
+class Turns(ABC):
+    """Turns of one server under one protocol. Not thread-safe: the server locks.
+
+    A turn spans a participant's download, training and upload. It is a lease: whoever falls silent
+    loses it, so nobody waits without a bound.
 
     Args:
-        protocol: Orders the members in each cycle.
-        members: Names known in advance, present or not yet; others enter when they join.
         lease_seconds: How long a turn lasts without a sign of life.
-        clock: Seconds, monotonic.
     """
 
-    def __init__(
-        self,
-        protocol: ExchangeProtocol,
-        members: Sequence[str],
-        lease_seconds: float,
-        clock: Callable[[], float],
-    ) -> None:
-        self._protocol = protocol
+    def __init__(self, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
-        self._clock = clock
-        # In the order of turns, for good: whoever leaves or falls silent keeps its place for a return.
-        self._roster = list(members)
-        self._away: set[str] = set()
-        self._queue: deque[str] = deque()
-        self._served: set[str] = set()
-        self._cycle = 0
-        self._expires = 0.0
-        self.current: str | None = None
-        """Who has the turn, or is offered it."""
-        self.held = False
-        """Whether the current one took it."""
+        self._due: SparseUpdate | None = None
+
+    @abstractmethod
+    def enter(self, name: str) -> None:
+        """Let ``name`` take part; it may have been here before."""
+
+    @abstractmethod
+    def leave(self, name: str) -> None:
+        """Expect ``name`` no more until it enters again."""
+
+    @abstractmethod
+    def take(self, name: str) -> bool:
+        """Whether ``name`` may start its round now; if so it has the turn."""
+
+    @abstractmethod
+    def renew(self, name: str) -> None:
+        """A sign of life.
+
+        Raises:
+            TurnNotHeldError: if ``name`` does not have the turn (any more).
+        """
+
+    @abstractmethod
+    def end(self, name: str) -> None:
+        """``name`` is done with its turn, if it has one."""
+
+    def collect(self, update: SparseUpdate, context: MergeContext) -> None:
+        """Take an accepted upload by a holder of the turn. Here: it is due at once, as it is.
+
+        Raises:
+            TurnNotHeldError: if the upload cannot be merged under this protocol any more.
+        """
+        self._due = update
+
+    def due(self) -> SparseUpdate | None:
+        """What is to be merged now, once. Called at the start of every request and after every change,
+        so this is also where time is looked at."""
+        due, self._due = self._due, None
+        return due
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Whom those who wait for a turn are waiting for."""
+        return ()
+
+    @property
+    def expires_at(self) -> float:
+        """When, on the server's clock, the mere passing of time next changes whose turn it is; inf for
+        never."""
+        return math.inf
+
+
+class Anytime(Turns):
+    """Everyone may exchange whenever it likes, and each upload is merged at once."""
 
     def enter(self, name: str) -> None:
-        """Let ``name`` take part. Who comes in the middle of a cycle, and had no turn in it, is last."""
-        if name in self._roster and name not in self._away:
-            return
-        self._away.discard(name)
-        if name not in self._roster:
-            self._roster.append(name)
-        if self.current is None:
-            self._queue.clear()  # nobody was left to go on: the next turn begins a cycle with all present
-        elif name not in self._queue and name not in self._served:
-            self._queue.append(name)
+        pass
 
     def leave(self, name: str) -> None:
-        """Expect ``name`` no more until it enters again; its turn passes on."""
-        self._away.add(name)
-        if name in self._queue:
-            self._queue.remove(name)
-        if name == self.current:
-            self._pass_on()
+        pass
 
     def take(self, name: str) -> bool:
-        """Whether ``name`` has the turn now; if so its lease starts."""
-        self.expire()
-        self.enter(name)
-        if self.current is None:
-            self._pass_on()
-        if self.current != name:
-            return False
-        self.held = True
-        self._expires = self._clock() + self.lease_seconds
         return True
 
-    def renew(self, name: str) -> bool:
-        """Prolong the lease of ``name``; False if it does not hold the turn any more."""
-        self.expire()
-        if self.current != name or not self.held:
-            return False
-        self._expires = self._clock() + self.lease_seconds
-        return True
+    def renew(self, name: str) -> None:
+        pass
 
     def end(self, name: str) -> None:
-        """Pass on the turn of ``name``, if it has it."""
-        if self.current == name:
-            self._served.add(name)
-            self._pass_on()
-
-    def expire(self) -> None:
-        """Take the turn from whoever was silent for longer than the lease."""
-        while self.current is not None and self._clock() > self._expires:
-            log.warning(
-                "participant %r %s for %.0f seconds and lost its turn",
-                self.current,
-                "gave no sign of life" if self.held else "did not take its turn",
-                self.lease_seconds,
-            )
-            self._away.add(self.current)
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        self.held = False
-        self.current = self._next()
-        self._expires = self._clock() + self.lease_seconds
-
-    def _next(self) -> str | None:
-        present = [name for name in self._roster if name not in self._away]
-        if not present:
-            return None
-        self._queue = deque(name for name in self._queue if name not in self._away)
-        if not self._queue:
-            self._queue.extend(self._protocol.order(present, self._cycle))
-            self._cycle += 1
-            self._served.clear()
-        return self._queue.popleft()
+        pass

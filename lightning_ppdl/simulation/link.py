@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lightning_ppdl.backends.memory import MemoryBackend
-from lightning_ppdl.errors import ServerUnavailableError
+from lightning_ppdl.errors import ServerUnavailableError, TurnNotHeldError
 from lightning_ppdl.records import Receipt
 from lightning_ppdl.server.core import ParameterServer
 from lightning_ppdl.simulation.scheduler import Scheduler
@@ -23,7 +23,7 @@ class SimulatedLink(MemoryBackend):
         round_seconds: Virtual seconds from a round's download to its upload.
         drop_probability: Chance that an upload never reaches the server.
         generator: Draws the losses.
-        after_upload: Called after each upload, with its receipt, or None if it was lost.
+        after_upload: Called after each upload, with its receipt, or None if it was lost or too late.
     """
 
     def __init__(
@@ -49,6 +49,10 @@ class SimulatedLink(MemoryBackend):
             self.end_turn()
             self._after_upload(None)
             raise ServerUnavailableError("the simulated link dropped this upload")
-        receipt = super().upload(message)
+        try:
+            receipt = super().upload(message)
+        except TurnNotHeldError:
+            self._after_upload(None)
+            raise
         self._after_upload(receipt)
         return receipt

@@ -7,6 +7,7 @@ an OpenMP team that spins against the others, and their order would differ from 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ except ImportError as error:
 class _Waiting:
     task: greenlet
     ready: Callable[[], bool]
+    expiry: Callable[[], float]
 
 
 class Scheduler:
@@ -80,21 +82,37 @@ class Scheduler:
         heapq.heappush(self._sleeping, (self.now + seconds, self._slept, getcurrent()))
         self._hub.switch()
 
-    def wait(self, ready: Callable[[], bool], timeout_seconds: float) -> bool:
-        """Called by a task: go on when ``ready()``. False if nothing that could make it so is left."""
+    def wait(
+        self,
+        ready: Callable[[], bool],
+        timeout_seconds: float,
+        expiry: Callable[[], float] = lambda: math.inf,
+    ) -> bool:
+        """Called by a task: go on when ``ready()``. False if nothing that could make it so is left.
+
+        Args:
+            ready: Asked whenever another task was suspended, and whenever time moves.
+            timeout_seconds: Ignored: virtual time cannot be short.
+            expiry: In how many virtual seconds time alone may next change what ``ready`` says.
+        """
         if ready():
             return True
-        self._waiting.append(_Waiting(getcurrent(), ready))
+        self._waiting.append(_Waiting(getcurrent(), ready, expiry))
         return bool(self._hub.switch())
 
     def _next(self) -> tuple[greenlet, bool]:
         if self._starting:
             return self._starting.popleft(), True
-        for position, waiting in enumerate(self._waiting):
-            if waiting.ready():
-                del self._waiting[position]
-                return waiting.task, True
-        if self._sleeping:
-            self.now, _, task = heapq.heappop(self._sleeping)
-            return task, True
-        return self._waiting.pop(0).task, False
+        while True:
+            for position, waiting in enumerate(self._waiting):
+                if waiting.ready():
+                    del self._waiting[position]
+                    return waiting.task, True
+            soonest = min((waiting.expiry() for waiting in self._waiting), default=math.inf)
+            moment = self.now + soonest
+            if self._sleeping and self._sleeping[0][0] <= moment:
+                self.now, _, task = heapq.heappop(self._sleeping)
+                return task, True
+            if not self.now < moment < math.inf:
+                return self._waiting.pop(0).task, False
+            self.now = moment

@@ -2,7 +2,8 @@
 
 from backend_admission import AdmissionSuite
 from backend_exchange import ExchangeSuite
+from backend_synchronous import SynchronousSuite
 
 
-class BackendSuite(AdmissionSuite, ExchangeSuite):
+class BackendSuite(AdmissionSuite, ExchangeSuite, SynchronousSuite):
     """All tests of a backend; a subclass named ``Test...`` supplies ``make_server`` and ``connect``."""

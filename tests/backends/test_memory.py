@@ -56,7 +56,7 @@ def test_a_server_that_nobody_configured_is_asynchronous(url: str) -> None:
     anna, ben = join(url, "anna"), join(url, "ben")
     anna.upload(encoded("anna"))
     assert ben.upload(encoded("ben")).staleness == 1
-    assert anna.status().turn is None and anna.status().version == 2
+    assert anna.status().awaited == () and anna.status().version == 2
 
 
 def test_connecting_alone_makes_no_server(url: str) -> None:
@@ -98,7 +98,7 @@ def test_how_to_wait_may_be_given(url: str) -> None:
     serve(url, ParameterServer(protocol=RoundRobin()))
     asked: list[tuple[bool, float]] = []
 
-    def wait(ready: Any, timeout_seconds: float) -> bool:
+    def wait(ready: Any, timeout_seconds: float, expiry: Any) -> bool:
         asked.append((ready(), timeout_seconds))
         return bool(asked[-1][0])
 
@@ -106,7 +106,7 @@ def test_how_to_wait_may_be_given(url: str) -> None:
     anna.join("anna", MANIFEST)
     ben.join("ben", MANIFEST)
     anna.take_turn(3.0)
-    with pytest.raises(errors.TurnTimeoutError, match="'anna' has it"):
+    with pytest.raises(errors.TurnTimeoutError, match="waiting for 'anna'"):
         ben.take_turn(4.0)
     assert asked == [(True, 3.0), (False, 4.0)]
 

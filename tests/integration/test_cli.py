@@ -98,7 +98,7 @@ def test_help_of_simulate_shows_groups_settings_and_examples(
 ) -> None:
     assert ppdl("simulate", "--help") == 0
     out = capsys.readouterr().out
-    assert "protocol: asynchronous, random_order, round_robin" in out
+    assert "protocol: asynchronous, random_order, round_robin, synchronous" in out
     assert "selection: largest_values, random_above_threshold" in out
     assert "download/criterion: changed_since, most_recent, most_updated" in out
     assert "ppdl simulate experiment=digits" in out

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from lightning_ppdl.errors import ConfigurationError, NonFiniteUpdateError, ParticipantFailedError
 from lightning_ppdl.models import mlp
 from lightning_ppdl.partition import IID
-from lightning_ppdl.server.protocol import Asynchronous, ExchangeProtocol, RandomOrder, RoundRobin
+from lightning_ppdl.server.protocol import (
+    Asynchronous,
+    ExchangeProtocol,
+    RandomOrder,
+    RoundRobin,
+    Synchronous,
+)
 from lightning_ppdl.simulation import simulate
 
 __all__ = ["fits"]  # a fixture: used by name
@@ -56,6 +62,7 @@ def fail_to_train() -> None:
         (RoundRobin(), PARTICIPANTS * STEPS_A_ROUND + 1, "participant-1"),
         (RandomOrder(), 5, "participant-"),
         (Asynchronous(), 5, "participant-2"),
+        (Synchronous(), PARTICIPANTS * STEPS_A_ROUND + 2, "participant-"),
         (Asynchronous(), PARTICIPANTS * STEPS_A_ROUND + 2, "participant-"),
     ],
 )
@@ -108,7 +115,9 @@ def press_ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("protocol", [RoundRobin(), Asynchronous()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "protocol", [RoundRobin(), Asynchronous(), Synchronous()], ids=lambda p: type(p).__name__
+)
 def test_ctrl_c_ends_everyone(fits: list[Fit], protocol: ExchangeProtocol) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(protocol=protocol, model=Fragile(5, press_ctrl_c))

@@ -94,7 +94,7 @@ def test_where_rounds_end(
     assert steps.ends == ends
     assert [report.round for report in rounds(made)] == list(range(1, len(ends) + 1))
     require_close(server.parameters(), flat(module))
-    assert not server.status().members[0].present and server.status().turn is None
+    assert not server.status().members[0].present and server.status().awaited == ()
 
 
 class Stream(IterableDataset[Any]):

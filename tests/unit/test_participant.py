@@ -246,7 +246,7 @@ def test_abandoning_a_round_frees_the_turn_and_the_number() -> None:
     local = anna.begin_round(torch.zeros(SIZE))
     anna.abandon_round()
     anna.abandon_round()
-    assert not anna.in_round and server.status().turn == "ben"
+    assert not anna.in_round and server.status().awaited == ("ben",)
     play(ben, local, entries(_0=1.0))
     start = anna.begin_round(local)
     assert anna.round == 1 and start[0] == 1.0

@@ -219,3 +219,32 @@ def test_an_interrupt_between_tasks_ends_the_tasks_too() -> None:
     with pytest.raises(KeyboardInterrupt):
         scheduler.run()
     assert ended == ["task"]
+
+
+def test_time_stops_where_a_waiter_must_look_again_and_not_before_an_earlier_sleeper() -> None:
+    scheduler = Scheduler()
+    seen: list[tuple[str, float]] = []
+
+    def waiter() -> None:
+        assert scheduler.wait(lambda: scheduler.now >= 2.5, 1.0, lambda: 2.5 - scheduler.now)
+        seen.append(("waiter", scheduler.now))
+
+    def sleeper() -> None:
+        for _ in range(2):
+            scheduler.sleep(2.0)
+            seen.append(("sleeper", scheduler.now))
+
+    scheduler.start("waiter", waiter)
+    scheduler.start("sleeper", sleeper)
+    scheduler.run()
+    assert seen == [("sleeper", 2.0), ("waiter", 2.5), ("sleeper", 4.0)]
+
+
+def test_an_expiry_that_changes_nothing_is_no_reason_to_wait_for_ever() -> None:
+    scheduler = Scheduler()
+    answers: list[bool] = []
+    scheduler.start(
+        "a", lambda: answers.append(scheduler.wait(lambda: False, 1.0, lambda: 3.0 - scheduler.now))
+    )
+    scheduler.run()
+    assert answers == [False] and scheduler.now == 3.0

@@ -1,0 +1,175 @@
+"""The mean of updates, and the synchronous protocol's own arithmetic; backends' tests have its cycles."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_ppdl.backends.memory import MemoryBackend
+from lightning_ppdl.errors import ConfigurationError, JoinRefusedError
+from lightning_ppdl.participant import Participant
+from lightning_ppdl.privacy.release import PlainRelease
+from lightning_ppdl.records import Manifest, ParameterSpec, SparseUpdate
+from lightning_ppdl.selection import LargestValues
+from lightning_ppdl.server.admission import Terms
+from lightning_ppdl.server.core import ParameterServer
+from lightning_ppdl.server.mean import Mean
+from lightning_ppdl.server.merge import Add, MergeRule, ServerOptimizer
+from lightning_ppdl.server.protocol import Synchronous
+
+SIZE = 6
+NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
+UPDATES = st.lists(st.dictionaries(st.integers(0, SIZE - 1), NUMBERS), min_size=1, max_size=7)
+
+
+def sparse(entries: dict[int, float]) -> SparseUpdate:
+    indices = np.array(sorted(entries), np.int64)
+    return SparseUpdate("anna", 1, 3, indices, np.array([entries[i] for i in sorted(entries)], np.float32))
+
+
+@given(UPDATES)
+def test_the_mean_counts_zeros_where_an_update_has_no_entry(updates: list[dict[int, float]]) -> None:
+    mean = Mean(SIZE)
+    for entries in updates:
+        mean.add(sparse(entries))
+    got = mean.take(cycle=4)
+    uploaded = sorted({index for entries in updates for index in entries})
+    expected = [np.float32(sum(e.get(i, 0.0) for e in updates) / len(updates)) for i in uploaded]
+    assert got.indices.tolist() == uploaded and got.indices.dtype == np.int64
+    np.testing.assert_array_equal(got.values, np.array(expected, np.float32))
+    assert got.values.dtype == np.float32 and (got.round, got.base_version) == (4, 3)
+
+
+@given(UPDATES, UPDATES)
+def test_a_mean_knows_nothing_of_the_one_before(
+    before: list[dict[int, float]], updates: list[dict[int, float]]
+) -> None:
+    used, fresh = Mean(SIZE), Mean(SIZE)
+    for entries in before:
+        used.add(sparse(entries))
+    used.take(cycle=1)
+    for mean in (used, fresh):
+        for entries in updates:
+            mean.add(sparse(entries))
+    assert used.take(cycle=2).digest == fresh.take(cycle=2).digest
+
+
+def test_the_mean_of_one_is_that_one() -> None:
+    mean, update = Mean(SIZE), sparse({0: 0.1, 5: -3e-45})
+    mean.add(update)
+    got = mean.take(cycle=1)
+    np.testing.assert_array_equal(got.indices, update.indices)
+    np.testing.assert_array_equal(got.values, update.values)
+
+
+def test_the_order_of_large_and_small_does_not_show() -> None:
+    values = [1e8, 1.0, -1e8, 1.0]
+    means = []
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0]):
+        mean = Mean(SIZE)
+        for place in order:
+            mean.add(sparse({2: values[place]}))
+        means.append(mean.take(cycle=1).values.tolist())
+    assert means == [[0.5]] * 3
+
+
+def test_how_many_uploads_a_quorum_is() -> None:
+    # 0.29 * 100 is 28.999999999999996, 0.07 * 100 is 7.000000000000001.
+    assert [Synchronous(quorum=q).required(100) for q in (0.29, 0.07, 0.075, 1.0)] == [29, 7, 8, 100]
+    assert [Synchronous(quorum=q).required(3) for q in (0.5, 1.0, 1, 3)] == [2, 3, 1, 3]
+    assert Synchronous().required(50) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quorum": 0}, "quorum=0"),
+        ({"quorum": -2}, "quorum=-2"),
+        ({"quorum": 1.5}, "quorum=1.5"),
+        ({"quorum": float("nan")}, "quorum=nan"),
+        ({"quorum": True}, "quorum=True"),
+        ({"quorum": "all"}, "quorum='all'"),
+        ({"deadline_seconds": 0}, "deadline_seconds=0"),
+        ({"deadline_seconds": float("inf")}, "deadline_seconds=inf"),
+        ({"min_members": 0}, "min_members=0"),
+        ({"min_members": 1.5}, "min_members=1.5"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        Synchronous(**settings)
+    assert named in str(raised.value)
+
+
+def test_a_quorum_that_the_members_cannot_reach_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="quorum=3 cannot be reached by 2 members"):
+        ParameterServer(protocol=Synchronous(quorum=3), members=["anna", "ben"])
+    ParameterServer(protocol=Synchronous(quorum=2), members=["anna", "ben"])
+
+
+def test_the_default_is_fedavg() -> None:
+    assert Synchronous().default_merge() == Add()
+
+
+FEATURES = 5
+SPEC = Manifest((ParameterSpec("w", (FEATURES,), "float32"),), "gradient")
+
+
+def gradient(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Of the mean over rows of (x w - y)^2 / 2."""
+    return x.T @ (x @ w - y) / len(x)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fedsgd_is_sgd_on_the_pooled_data(momentum: float) -> None:
+    """Fraction 1, gradients, one step a round: participants of equal size together make one large batch."""
+    stream = torch.Generator().manual_seed(7)
+    x, y = torch.randn(60, FEATURES, generator=stream), torch.randn(60, generator=stream)
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=momentum)
+    server = ParameterServer(
+        protocol=Synchronous(), merge=ServerOptimizer(sgd), initial=np.zeros(FEATURES, np.float32)
+    )
+    release = PlainRelease(LargestValues(1.0))
+    members = [
+        Participant(name, MemoryBackend("memory://given", server), SPEC, release)
+        for name in ("anna", "ben", "cleo")
+    ]
+    for member in members:
+        member.join()
+    local = [torch.zeros(FEATURES)] * 3
+    central = torch.nn.Parameter(torch.zeros(FEATURES))
+    optimizer = sgd([central])
+    for _ in range(25):
+        local = [member.begin_round(at) for member, at in zip(members, local)]
+        for member, start, rows in zip(members, local, torch.arange(60).chunk(3)):
+            member.gradients.add_(gradient(start, x[rows], y[rows]))
+            assert member.end_round(start).merged
+        central.grad = gradient(central.detach(), x, y)
+        optimizer.step()
+    assert server.version == 25
+    np.testing.assert_allclose(server.parameters(), central.detach(), rtol=1e-5, atol=1e-6)
+    assert np.abs(server.parameters()).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        (None, r"values of magnitude 0\.5 at most.*promises no bound: give bound=0\.5.*truncate"),
+        (0.6, r"bound=0\.6 is not within what 'home' agrees to, 0 to 0\.5; give bound=0\.5"),
+    ],
+)
+def test_a_bound_that_is_not_kept_or_not_promised_is_refused_with_a_remedy(
+    bound: float | None, message: str
+) -> None:
+    rule: MergeRule = Add()
+    manifest = Manifest(SPEC.parameters, bound=bound)
+    with pytest.raises(JoinRefusedError, match=message):
+        Terms(bound=0.5).check_join("anna", manifest, rule, "home")
+    Terms().check_join("anna", manifest, rule, "home")
