@@ -92,6 +92,7 @@ class Participant:
         self.round = 0
         """The last round begun."""
         self.in_round = False
+        self._rejoined = False
         self._study: str | None = None
         self._version: int | None = None
         self._base: Tensor | None = None
@@ -124,6 +125,7 @@ class Participant:
         if self.account is not None:
             known = self.account.resume(membership.study, membership.last_round)
             self.round = max(self.round, known)
+        self._rejoined = True
         self._renew_seconds = membership.lease_seconds / 4
         return membership.needs_initial
 
@@ -145,7 +147,9 @@ class Participant:
             float32 (P,): the parameters to start local training from, on ``local``'s device.
         """
         started = time.perf_counter()
-        self._resend()
+        if self._rejoined:
+            self._rejoined = False
+            self._resend()
         self._backend.take_turn(self._turn_timeout_seconds)
         self._wait_seconds = time.perf_counter() - started
         self._renewed_at = started = time.perf_counter()
@@ -295,11 +299,12 @@ class Participant:
             self._send(message)
 
     def _send(self, message: bytes) -> Receipt | None:
-        """Upload once. A release that got no receipt is not tried again: it was paid for all the same."""
         try:
             receipt = self._backend.upload(message)
         except (TurnNotHeldError, ServerUnavailableError) as error:
             log.warning("participant %r: round %d was not merged: %s", self.name, self.round, error)
+            if isinstance(error, ServerUnavailableError):
+                return None  # perhaps it arrived: the ledger keeps the bytes until the next release
             receipt = None
         if self.account is not None:
             self.account.settled()

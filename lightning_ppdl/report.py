@@ -76,7 +76,8 @@ def privacy_sentence(privacy: PrivacySummary) -> str:
     simulated = " The noise follows from a public seed: a simulation of it." if privacy.simulated else ""
     return (
         f"Differential privacy of each {privacy.unit}, over the whole run: epsilon "
-        f"{round_up(privacy.epsilon)} at delta {privacy.delta:g}; neighbours: {privacy.neighbours}.{extra}{simulated}"
+        f"{round_up(privacy.epsilon)} at delta {privacy.delta:g}; neighbours: {privacy.neighbours}."
+        f"{extra}{simulated}"
     )
 
 

@@ -18,6 +18,7 @@ import lightning_ppdl
 from lightning_ppdl import config
 from lightning_ppdl.cli.application import build
 from lightning_ppdl.cli.simulate import make_simulation
+from lightning_ppdl.privacy.mechanism import Mechanism
 from lightning_ppdl.selection import Selection
 from lightning_ppdl.server.download import DownloadCriterion
 from lightning_ppdl.server.merge import MergeRule
@@ -158,6 +159,7 @@ KINDS: dict[str, Any] = {
     "partition": None,
     "model": partial,
     "optimizer": partial,
+    "privacy": Mechanism,
     "selection": Selection,
     "download/criterion": DownloadCriterion,
     "protocol": ExchangeProtocol,
@@ -169,8 +171,8 @@ KINDS: dict[str, Any] = {
 def test_every_option_of_every_group_can_be_made(group: str, option: str) -> None:
     made = build(composed(f"{group}={option}"), group.replace("/", "."))
     kind = KINDS[group]
-    if (group, option) == ("merge", "default"):
-        assert made is None  # the protocol has a rule of its own
+    if (group, option) in (("merge", "default"), ("selection", "default"), ("privacy", "none")):
+        assert made is None  # the protocol's own rule, the mechanism's own selection, no mechanism
     elif kind is not None:
         assert isinstance(made, kind)
     elif group == "data":
