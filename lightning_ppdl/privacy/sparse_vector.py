@@ -190,6 +190,8 @@ class SparseVectorRelease(Release):
         bounded = sampler.place(bounded, grid)
         threshold = sampler.place(np.array(mechanism.threshold), grid)
 
+        # An order of all entries, because it is public: a sample of those that reach the threshold, drawn
+        # with coins that others know, would tell them how many there are.
         order = torch.randperm(size, generator=generator).numpy()
         answers = np.abs(bounded)[order]
         answers += sampler.laplace(size, scales.query, grid)

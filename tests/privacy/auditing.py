@@ -14,7 +14,7 @@ from scipy import stats
 Floats = npt.NDArray[np.float64]
 
 # A right sample is rejected, and a bound is too high, about once in so many times.
-SIGNIFICANCE = 1e-5
+SIGNIFICANCE = 1e-6
 
 
 def fits(samples: Floats, distribution: stats.rv_continuous, scale: float) -> bool:
