@@ -176,6 +176,17 @@ class SynchronousSuite(Served):
         ben.leave()
         assert server.version == 1 and server.parameters()[0] == 4.0
 
+    def test_the_last_to_leave_does_not_wait_for_members_that_never_came(self) -> None:
+        server = self.add_server(
+            protocol=Synchronous(min_members=1), members=["anna", "ben"], initial=np.zeros(SIZE, np.float32)
+        )
+        anna = self.member("anna")
+        anna.take_turn(1.0)
+        anna.upload(encoded("anna"))
+        assert server.version == 0
+        anna.leave()
+        assert server.version == 1 and server.parameters()[0] == 1.0
+
     def test_it_is_merged_though_the_last_one_died(self) -> None:
         clock = Clock()
         server, (anna, _) = self.cohort("anna", "ben", clock=clock, lease_seconds=30.0)
@@ -295,6 +306,18 @@ class SynchronousSuite(Served):
             anna.take_turn(1.0)
         assert server.status().awaited == ("anna",)
         assert clock.now - started == 26.0
+
+    def test_a_late_one_that_is_alive_stays_in_the_cohort(self) -> None:
+        clock = Clock()
+        protocol = Synchronous(deadline_seconds=10.0)
+        server, (anna, ben) = self.cohort("anna", "ben", protocol=protocol, lease_seconds=25.0, clock=clock)
+        for round_ in (1, 2, 3):
+            clock.now += 11
+            with pytest.raises(errors.LateUpdateError):
+                ben.renew_turn()
+            anna.take_turn(1.0)
+            anna.upload(encoded("anna", round_, server.version))
+            assert server.status().awaited == ("ben",)
 
     # Merge rules
 

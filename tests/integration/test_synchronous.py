@@ -15,7 +15,7 @@ import torch
 from simulation_harness import PARTICIPANTS, ROUNDS, SAMPLES, accuracies, run, timeless
 
 from lightning_ppdl.cli import main
-from lightning_ppdl.data import Digits
+from lightning_ppdl.data import Digits, loader
 from lightning_ppdl.errors import ParticipantFailedError
 from lightning_ppdl.models import Classifier, mlp
 from lightning_ppdl.partition import IID
@@ -89,15 +89,16 @@ def test_fedsgd_is_sgd_with_large_batches_on_the_pooled_data(momentum: float) ->
     splits = Digits().load()
     dealt = IID(SAMPLES).split(splits.train.labels.numpy(), PARTICIPANTS, derive_seed(0, "partition"))
     pooled = splits.train.subset(np.concatenate(dealt))
-    inputs, labels = (torch.stack(parts) for parts in zip(*((x, torch.as_tensor(y)) for x, y in pooled)))
-    tested, truth = (torch.stack(parts) for parts in zip(*((x, torch.as_tensor(y)) for x, y in splits.test)))
+    (inputs, labels), (tested, truth) = (
+        next(iter(loader(part, len(part)))) for part in (pooled, splits.test)
+    )
     torch.manual_seed(derive_seed(0, "initial"))
     network = Classifier(mlp((1, 8, 8), 10, hidden=[16]), sgd, 10).network
     optimizer = sgd(network.parameters())
     curve = []
     for _ in range(rounds):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(network(inputs), labels).backward()
+        torch.autograd.backward(torch.nn.functional.cross_entropy(network(inputs), labels))
         optimizer.step()
         curve.append(float((network(tested).argmax(1) == truth).float().mean()))
     assert accuracies(results) == pytest.approx(curve, abs=ONE_DIGIT)

@@ -1,4 +1,4 @@
-"""The mean of updates, and the synchronous protocol's own arithmetic; backends' tests have its cycles."""
+"""The mean of updates, quorums, and cycles under any order of events; see also ``backend_synchronous.py``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
 from lightning_ppdl.backends.memory import MemoryBackend
-from lightning_ppdl.errors import ConfigurationError, JoinRefusedError
+from lightning_ppdl.errors import ConfigurationError, JoinRefusedError, TurnNotHeldError
 from lightning_ppdl.participant import Participant
 from lightning_ppdl.privacy.release import PlainRelease
 from lightning_ppdl.records import Manifest, ParameterSpec, SparseUpdate
@@ -21,7 +22,7 @@ from lightning_ppdl.selection import LargestValues
 from lightning_ppdl.server.admission import Terms
 from lightning_ppdl.server.core import ParameterServer
 from lightning_ppdl.server.mean import Mean
-from lightning_ppdl.server.merge import Add, MergeRule, ServerOptimizer
+from lightning_ppdl.server.merge import Add, MergeContext, MergeRule, ServerOptimizer
 from lightning_ppdl.server.protocol import Synchronous
 
 SIZE = 6
@@ -173,3 +174,106 @@ def test_a_bound_that_is_not_kept_or_not_promised_is_refused_with_a_remedy(
     with pytest.raises(JoinRefusedError, match=message):
         Terms(bound=0.5).check_join("anna", manifest, rule, "home")
     Terms().check_join("anna", manifest, rule, "home")
+
+
+LEASE, DEADLINE = 10.0, 7.0
+
+
+class AnyoneAnytime(RuleBasedStateMachine):
+    """Participants come, upload, die and leave in any order. Nothing is lost, and the living are served.
+
+    Every upload is 1, so a mean that is merged is 1 however many are in it.
+    """
+
+    names = st.sampled_from("abcde")
+
+    def __init__(self, protocol: Synchronous | None = None) -> None:
+        super().__init__()
+        self.now = 100.0
+        protocol = protocol or Synchronous(min_members=1)
+        self.turns = protocol.make_turns("ab", LEASE, lambda: self.now)
+        self.present: set[str] = set()
+        self.collected = self.version = 0
+
+    def settle(self) -> None:
+        """What the server does around every request."""
+        while (update := self.turns.due()) is not None:
+            assert update.values.tolist() == [1.0] and update.base_version == self.version
+            assert self.collected > 0, "something was merged twice"
+            self.version += 1
+            self.collected = 0
+
+    def upload(self, name: str) -> bool:
+        try:
+            self.turns.renew(name)
+        except TurnNotHeldError:
+            return False
+        update = SparseUpdate(name, 1, self.version, np.array([2]), np.ones(1, np.float32))
+        self.turns.collect(update, MergeContext(0, "change", np.zeros(SIZE, np.float32)))
+        self.turns.end(name)
+        self.collected += 1
+        self.settle()
+        return True
+
+    @rule(name=names)
+    def join(self, name: str) -> None:
+        self.turns.enter(name)
+        self.present.add(name)
+
+    @rule(name=names)
+    def leave(self, name: str) -> None:
+        self.turns.leave(name)
+        self.present.discard(name)
+        self.settle()
+        assert self.present or not self.collected, "the last one left, and its upload stayed behind"
+
+    @rule(name=names)
+    def start(self, name: str) -> None:
+        if name in self.present and self.turns.take(name):
+            assert name in self.turns.awaited
+
+    @rule(name=names)
+    def finish(self, name: str) -> None:
+        awaited = name in self.turns.awaited
+        assert not self.upload(name) or awaited
+
+    @rule(name=names)
+    def give_up(self, name: str) -> None:
+        self.turns.end(name)
+        self.settle()
+
+    @rule(seconds=st.sampled_from([1.0, 6.0, LEASE + 1]))
+    def wait(self, seconds: float) -> None:
+        expected = self.turns.expires_at
+        before = self.turns.awaited
+        self.now += seconds
+        self.settle()
+        assert self.now >= expected or self.turns.awaited == before
+
+    @invariant()
+    def uploads_wait_only_while_somebody_is_awaited(self) -> None:
+        assert self.turns.awaited or not self.collected
+
+    @rule()
+    def nobody_starves(self) -> None:
+        """From any state: if all present work, a second a round, each is served, and as often."""
+        served = dict.fromkeys(self.present, 0)
+        for _ in range(int(3 * LEASE) + 20):
+            holders = [name for name in sorted(self.present) if self.turns.take(name)]
+            self.now += 1.0
+            self.settle()
+            for name in holders:
+                served[name] += self.upload(name)
+        assert all(count >= 10 for count in served.values())
+
+
+class AnyoneAnytimeWithDeadlines(AnyoneAnytime):
+    def __init__(self) -> None:
+        super().__init__(Synchronous(deadline_seconds=DEADLINE, min_members=1))
+
+
+quick = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestAnyoneAnytime = AnyoneAnytime.TestCase
+TestAnyoneAnytime.settings = quick
+TestAnyoneAnytimeWithDeadlines = AnyoneAnytimeWithDeadlines.TestCase
+TestAnyoneAnytimeWithDeadlines.settings = quick
