@@ -60,6 +60,7 @@ class PrivateTraining(pl.Callback):
         self._ahead: NoiseAhead | None = None
         self._examples: int | None = None
         self._carried = 0
+        self._epoch_begins = False
         self._local = False
 
     # What the strategy calls ------------------------------------------------------------------------
@@ -160,19 +161,15 @@ class PrivateTraining(pl.Callback):
             self._reduction = check_loss(self._capture, trial)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._local:
-            return
-        check_layers(pl_module)
-        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
-        if self._capture is None or not _same(trained, self._capture.parameters):
-            self._renew_capture(pl_module)
-            self._make_engine()
-        assert self._clipped is not None
-        self._clipped.reset()
+        self._epoch_begins = True
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # Not before: other callbacks thaw layers in on_train_epoch_start.
+        if self._epoch_begins and not self._local:
+            self._begin_epoch(pl_module)
+        self._epoch_begins = False
         assert self._loader is not None
         sampler = self._loader.batch_sampler
         assert isinstance(sampler, PoissonBatches)
@@ -221,6 +218,15 @@ class PrivateTraining(pl.Callback):
         self._carried += state_dict["unrecorded_steps"]
 
     # ------------------------------------------------------------------------------------------------
+
+    def _begin_epoch(self, pl_module: pl.LightningModule) -> None:
+        check_layers(pl_module)
+        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        if self._capture is None or not _same(trained, self._capture.parameters):
+            self._renew_capture(pl_module)
+            self._make_engine()
+        assert self._clipped is not None
+        self._clipped.reset()
 
     def _engine(self) -> Capture:
         if self._capture is None or self._release is None:
