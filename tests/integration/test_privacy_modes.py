@@ -26,7 +26,7 @@ from lightning_ppdl.privacy.ledger import Ledger
 from lightning_ppdl.privacy.mechanism import Mechanism
 from lightning_ppdl.privacy.noise import SeededNoise
 from lightning_ppdl.privacy.participant_level import ParticipantLevel
-from lightning_ppdl.privacy.record import RecordLevel
+from lightning_ppdl.privacy.record.record_level import RecordLevel
 from lightning_ppdl.privacy.sparse_vector import SparseVector
 from lightning_ppdl.records import Receipt
 from tests.integration.strategy_harness import (
@@ -67,7 +67,7 @@ class Witness(MemoryBackend):
     def upload(self, message: bytes) -> Receipt:
         self.entries_when_sent.append(len(list(self._ledger.events())))
         if self.die_at == len(self.entries_when_sent):
-            raise SystemExit("killed")
+            raise OSError("killed")
         self.sent.append(message)
         return super().upload(message)
 
@@ -207,7 +207,7 @@ def test_a_release_that_was_paid_and_not_sent_is_sent_after_the_restart(url: str
     ledger = Ledger(path)
     backend = Witness(url, ledger)
     backend.die_at = 2
-    with pytest.raises(SystemExit):
+    with pytest.raises(OSError, match="killed"):
         fit(Tiny(), private(backend, SPARSE, ledger), epochs=3)
     ledger.close()
     ledger = Ledger(path)
