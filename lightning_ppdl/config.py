@@ -38,6 +38,7 @@ class SimulateConfig:
     seed: int = MISSING
     threads: Optional[int] = MISSING  # noqa: UP045
     data: Any = MISSING
+    features: Any = MISSING
     partition: Any = MISSING
     model: Any = MISSING
     optimizer: Any = MISSING

@@ -9,29 +9,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.validation import require_count
 
-#: Makes the optimizer of the parameters it is given, such as ``partial(torch.optim.SGD, lr=0.1)``.
-OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
+#: Makes the optimizer of the parameters it is given, such as ``partial(torch.optim.SGD, lr=0.1)``, or an
+#: optimizer and its schedule, such as ``partial(decaying, steps=100, optimizer=torch.optim.SGD, lr=0.1)``.
+OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer | OptimizerLRSchedulerConfig]
 
 
-def linear(input_shape: Sequence[int], classes: int) -> nn.Sequential:
-    """Logistic regression: the smallest model, for tests and for convex experiments.
+def linear(input_shape: Sequence[int], classes: int, bias: bool = True) -> nn.Sequential:
+    """Logistic regression: for convex experiments, and as the head on frozen features.
+
+    Args:
+        input_shape: Of one input; flattened.
+        classes: Number of logits.
+        bias: Whether each logit has a bias. On features of unit length a bias takes half of each
+            example's clipped gradient (squared norm), and is best left out.
 
     Raises:
         ConfigurationError: If a size is not a whole number of at least 1, or classes is below 2.
     """
-    return mlp(input_shape, classes, hidden=())
+    _require_sizes("input_shape", input_shape)
+    _require_classes(classes)
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), classes, bias=bias))
 
 
 def mlp(input_shape: Sequence[int], classes: int, hidden: Sequence[int] = (128, 64)) -> nn.Sequential:
@@ -156,7 +167,7 @@ class Classifier(pl.LightningModule):
 
     Args:
         network: From (batch, *input_shape) to logits (batch, classes).
-        optimizer: Makes the optimizer of the parameters.
+        optimizer: Makes the optimizer of the parameters, with a schedule or without.
         classes: Number of classes.
 
     Raises:
@@ -199,9 +210,32 @@ class Classifier(pl.LightningModule):
         metric.update(self.network(inputs), labels)
         self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
 
-    def configure_optimizers(self) -> Optimizer:
-        """The optimizer of all parameters."""
+    def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
+        """The optimizer of all parameters, and its schedule if it has one."""
         return self.make_optimizer(self.parameters())
+
+
+def decaying(
+    parameters: Iterable[nn.Parameter], *, steps: int, optimizer: Callable[..., Optimizer], **settings: Any
+) -> OptimizerLRSchedulerConfig:
+    """An optimizer whose learning rate falls in a straight line, to zero after ``steps`` steps.
+
+    The first step has the full rate, the last one ``1 / steps`` of it. The schedule is public: it looks
+    at no data.
+
+    Args:
+        parameters: What to optimize.
+        steps: Optimizer steps of the whole run; with rounds of one step, the number of rounds.
+        optimizer: Makes the optimizer, such as ``torch.optim.SGD``.
+        settings: Its other arguments, ``lr`` among them.
+
+    Raises:
+        ConfigurationError: If `steps` is not a whole number of at least 1.
+    """
+    require_count("optimizer.steps", steps)
+    made = optimizer(parameters, **settings)
+    schedule = LambdaLR(made, lambda step: max(0.0, 1 - step / steps))
+    return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def _require_sizes(name: str, sizes: Sequence[int]) -> None:

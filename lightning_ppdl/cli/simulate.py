@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_ppdl import config
 from lightning_ppdl.cli.application import build, refuse_unknown, run_application
+from lightning_ppdl.data import Features
 from lightning_ppdl.report import closing_table, remove_report, write_report
 from lightning_ppdl.simulation import Simulation, simulate
 
@@ -28,8 +29,9 @@ def make_simulation(cfg: DictConfig) -> Simulation:
     Raises:
         ConfigurationError: naming the key, its value and the remedy.
     """
+    data, extractor = build(cfg, "data"), build(cfg, "features")
     return Simulation(
-        data=build(cfg, "data"),
+        data=data if extractor is None else Features(data, extractor),
         partition=build(cfg, "partition"),
         model=build(cfg, "model"),
         optimizer=build(cfg, "optimizer"),

@@ -1,6 +1,7 @@
 """Data sets: each source is a small frozen record whose ``load()`` returns :class:`Splits`."""
 
 from lightning_ppdl.data.dataset import ArrayDataset, Batch, DataSource, Splits, loader
+from lightning_ppdl.data.features import Features
 from lightning_ppdl.data.mnist import MNIST
 from lightning_ppdl.data.svhn import SVHN
 from lightning_ppdl.data.tables import BreastCancer, Digits
@@ -13,6 +14,7 @@ __all__ = [
     "BreastCancer",
     "DataSource",
     "Digits",
+    "Features",
     "Splits",
     "loader",
 ]

@@ -1,4 +1,4 @@
-"""MNIST, padded to 32 x 32 as in the paper's evaluation."""
+"""MNIST, by default padded to 32 x 32 as in the paper's evaluation."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from lightning_ppdl.data.dataset import ArrayDataset, Splits
 from lightning_ppdl.data.files import PublicFile, Root, check_root, find
 from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.validation import require_count
 
 _URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _MD5 = {
@@ -24,7 +25,7 @@ _MD5 = {
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 _FOLDERS = ("", "raw", "MNIST/raw")  # the last two: where torchvision puts them
-_SIDE, _MARGIN = 28, 2
+_SIDE = 28
 _MEAN, _DEVIATION = 0.1307, 0.3081  # published for the training pixels in [0, 1]
 
 
@@ -37,6 +38,7 @@ class MNIST:
             is found too. None downloads them into the user's cache and checks their md5.
         normalize: False gives pixels in [0, 1]; True subtracts the public mean 0.1307 and divides
             by the public standard deviation 0.3081.
+        margin: Black pixels added on every side: 2 as in the paper, 0 for the images as they are.
 
     Raises:
         ConfigurationError: For a root that can't be one; on loading, for files missing or damaged.
@@ -44,13 +46,18 @@ class MNIST:
 
     root: Root = None
     normalize: bool = False
+    margin: int = 2
 
     def __post_init__(self) -> None:
         check_root(self.root)
+        if self.margin != 0:
+            require_count("data.margin", self.margin)
 
     def load(self) -> Splits:
         """Read the four files."""
-        return Splits(train=self._part("train"), test=self._part("t10k"), input_shape=(1, 32, 32), classes=10)
+        side = _SIDE + 2 * self.margin
+        train, test = self._part("train"), self._part("t10k")
+        return Splits(train, test, input_shape=(1, side, side), classes=10)
 
     def _part(self, prefix: str) -> ArrayDataset:
         images = read_idx(self._find(f"{prefix}-images-idx3-ubyte.gz"), dimensions=3)
@@ -61,7 +68,7 @@ class MNIST:
                 f"{len(labels)} labels; MNIST's are 28 x 28 with one label each: "
                 "keep one data set's files in a folder"
             )
-        padded = np.pad(images, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN)))
+        padded = np.pad(images, ((0, 0), (self.margin,) * 2, (self.margin,) * 2))
         scale, shift = 1 / 255, 0.0
         if self.normalize:
             scale, shift = scale / _DEVIATION, -_MEAN / _DEVIATION

@@ -75,6 +75,14 @@ def test_mnist_gzipped_or_not_here_or_where_torchvision_puts_it(
         assert torch.equal(ours.labels, theirs.labels)
 
 
+def test_mnist_margin(small_mnist: Path) -> None:
+    paper, bare = MNIST(small_mnist).load(), MNIST(small_mnist, margin=0).load()
+    assert (paper.input_shape, bare.input_shape) == ((1, 32, 32), (1, 28, 28))
+    assert torch.equal(paper.train.storage[:, :, 2:30, 2:30], bare.train.storage)
+    with pytest.raises(ConfigurationError, match=r"data\.margin=-1"):
+        MNIST(small_mnist, margin=-1)
+
+
 def test_mnist_scaling(small_mnist: Path) -> None:
     plain, _ = MNIST(small_mnist).load().train[0]
     normalized, _ = MNIST(small_mnist, normalize=True).load().train[0]

@@ -29,6 +29,7 @@ MNIST, SVHN = (1, 32, 32), (3, 32, 32)
         (cnn, SVHN, 10, 313_546),
         (linear, (1, 8, 8), 10, 650),
         (linear, (30,), 2, 62),
+        (functools.partial(linear, bias=False), (30,), 2, 60),
         (functools.partial(mlp, hidden=(5,)), (4,), 3, 43),
     ],
 )
