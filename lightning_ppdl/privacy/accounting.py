@@ -232,7 +232,7 @@ def _cost(event: PrivacyEvent, count: int, unit: Unit, replace: bool) -> Pure | 
         return Pure(require_positive("epsilon", event.epsilon), count)  # any change: replacement included
     if isinstance(event, GaussianRound):
         noise = require_positive("noise_multiplier", event.noise_multiplier)
-        return Gaussian(noise, 1.0, replace or unit == "record", count)
+        return Gaussian(noise, 1.0, replace or unit == "record", count, discrete=event.exact)
     if isinstance(event, PrivateSteps):
         noise = require_positive("noise_multiplier", event.noise_multiplier)
         return Gaussian(noise, event.sampling_rate, replace, count * event.steps)

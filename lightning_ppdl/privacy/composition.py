@@ -41,12 +41,16 @@ class Gaussian:
         sampling_rate: q.
         replace: Whether neighbours differ by replacement, which doubles the sensitivity and, with
             sampling, costs more than that alone.
+        discrete: Whether the noise is discrete. What is proved of it is concentrated differential privacy
+            (Canonne, Kamath and Steinke, "The Discrete Gaussian for Differential Privacy", NeurIPS 2020),
+            so only Rényi accounting holds.
     """
 
     noise_multiplier: float
     sampling_rate: float = 1.0
     replace: bool = False
     count: float = 1
+    discrete: bool = False
 
 
 Costs = tuple[Pure | Gaussian, ...]
@@ -111,7 +115,8 @@ def pld(costs: Costs, delta: float) -> float:
 def _tightest(costs: Costs, delta: float) -> Bound:
     bounds = [Bound(pure_sum(costs), "sum")]
     if delta > 0 and costs:
-        bounds.append(Bound(pld(costs, delta), "PLD"))
+        if not any(isinstance(cost, Gaussian) and cost.discrete for cost in costs):
+            bounds.append(Bound(pld(costs, delta), "PLD"))
         if math.isinf(bounds[-1].epsilon):  # otherwise Rényi DP is never tighter, and slow
             bounds.append(Bound(rdp(costs, delta), "RDP"))
     return min(bounds, key=lambda bound: bound.epsilon)
@@ -121,8 +126,10 @@ def _collapsed(costs: Costs) -> Costs:
     """Equal costs counted together. Gaussian noise without sampling needs one entry: precisions add."""
     counts: dict[Pure | Gaussian, float] = {}
     precision = 0.0
+    discrete = False
     for cost in costs:
         if isinstance(cost, Gaussian) and cost.sampling_rate == 1:
+            discrete |= cost.discrete
             precision += cost.count * ((2 if cost.replace else 1) / cost.noise_multiplier) ** 2
         else:
             counts[_once(cost)] = counts.get(_once(cost), 0) + cost.count
@@ -132,7 +139,7 @@ def _collapsed(costs: Costs) -> Costs:
         for cost, count in counts.items()
         if isinstance(cost, Gaussian)
     ]
-    whole = [Gaussian(precision**-0.5)] if precision else []
+    whole = [Gaussian(precision**-0.5, discrete=discrete)] if precision else []
     return (*sorted(pures), *sorted(sampled), *whole)
 
 

@@ -10,6 +10,17 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
+from strategy_harness import (
+    BATCHES,
+    Tiny,
+    add_server,
+    fit,
+    flat,
+    loader,
+    rounds,
+    trainer,
+    url,
+)
 
 from lightning_ppdl import DSSGDStrategy, LargestValues
 from lightning_ppdl.backends.memory import MemoryBackend
@@ -29,17 +40,6 @@ from lightning_ppdl.privacy.participant_level import ParticipantLevel
 from lightning_ppdl.privacy.record.record_level import RecordLevel
 from lightning_ppdl.privacy.sparse_vector import SparseVector
 from lightning_ppdl.records import Receipt
-from tests.integration.strategy_harness import (
-    BATCHES,
-    Tiny,
-    add_server,
-    fit,
-    flat,
-    loader,
-    rounds,
-    trainer,
-    url,
-)
 
 __all__ = ["url"]
 

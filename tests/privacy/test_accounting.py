@@ -316,3 +316,11 @@ def test_equal_schedules_are_accounted_for_once(monkeypatch: pytest.MonkeyPatch)
         for rounds in (1, 2, 3):
             total([event] * rounds, DELTA)
     assert len(calls) == 3
+
+
+def test_exact_gaussian_noise_is_accounted_for_by_what_is_proved_of_it() -> None:
+    continuous = total([GaussianRound(2.0, 1.0, 10)] * 5, 1e-5)
+    exact = total([GaussianRound(2.0, 1.0, 10, exact=True)] * 5, 1e-5)
+    assert (continuous.method, exact.method) == ("PLD", "RDP")
+    assert continuous.epsilon < exact.epsilon < 1.2 * continuous.epsilon
+    assert total([GaussianRound(2.0, 1.0, 10), GaussianRound(2.0, 1.0, 10, exact=True)], 1e-5).method == "RDP"
