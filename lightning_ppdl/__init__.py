@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from lightning_ppdl.callbacks import DSSGDCallback as DSSGDCallback
     from lightning_ppdl.errors import ConfigurationError as ConfigurationError
     from lightning_ppdl.errors import PPDLError as PPDLError
+    from lightning_ppdl.privacy.ledger import Ledger as Ledger
+    from lightning_ppdl.privacy.mechanism import Mechanism as Mechanism
+    from lightning_ppdl.privacy.participant_level import ParticipantLevel as ParticipantLevel
+    from lightning_ppdl.privacy.record.record_level import RecordLevel as RecordLevel
+    from lightning_ppdl.privacy.sparse_vector import SparseVector as SparseVector
     from lightning_ppdl.selection import LargestValues as LargestValues
     from lightning_ppdl.selection import RandomAboveThreshold as RandomAboveThreshold
+    from lightning_ppdl.selection import RandomFraction as RandomFraction
     from lightning_ppdl.selection import Selection as Selection
     from lightning_ppdl.server.core import ParameterServer as ParameterServer
     from lightning_ppdl.server.download import ChangedSince as ChangedSince
@@ -44,7 +50,12 @@ _HOMES = {
     "backends.memory": ("close", "serve"),
     "callbacks": ("DSSGDCallback",),
     "errors": ("ConfigurationError", "PPDLError"),
-    "selection": ("LargestValues", "RandomAboveThreshold", "Selection"),
+    "privacy.ledger": ("Ledger",),
+    "privacy.mechanism": ("Mechanism",),
+    "privacy.participant_level": ("ParticipantLevel",),
+    "privacy.record.record_level": ("RecordLevel",),
+    "privacy.sparse_vector": ("SparseVector",),
+    "selection": ("LargestValues", "RandomAboveThreshold", "RandomFraction", "Selection"),
     "server.core": ("ParameterServer",),
     "server.download": ("ChangedSince", "DownloadCriterion", "MostRecent", "MostUpdated"),
     "server.merge": (
