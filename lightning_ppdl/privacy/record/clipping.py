@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -26,11 +27,10 @@ def clip_weights(squared_norms: Tensor, clip: float, scale: float = 1.0) -> Tens
         scale: Factor that is missing in the gradients: the loss was divided by it.
 
     Returns:
-        (b,). Edge cases: a zero gradient keeps weight ``scale``; one whose norm is NaN or infinite gets
-        0, and must be removed by the caller, since 0 x NaN is NaN.
+        (b,). Edge cases: a zero gradient keeps weight ``scale``; gradients that are not finite are the
+        caller's to remove, since 0 x NaN is NaN.
     """
-    weights = (clip * (1 - _MARGIN) * squared_norms.rsqrt()).clamp_(max=scale)
-    return weights.masked_fill_(~squared_norms.isfinite(), 0.0)
+    return squared_norms.rsqrt().mul_(clip * (1 - _MARGIN)).clamp_(max=scale)
 
 
 class ClippedSum:
@@ -77,8 +77,10 @@ class ClippedSum:
         squares = [of_parameter.squared_norms() for of_parameter in gradients.values()]
         squared_norms = torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
         weights = clip_weights(squared_norms, self.clip, scale)
-        bad = ~squared_norms.isfinite()
-        if bad.any():
+        # A sum is finite only if its terms are.
+        if not math.isfinite(squared_norms.sum()):
+            bad = ~squared_norms.isfinite()
+            weights.masked_fill_(bad, 0.0)
             gradients = {position: g.without(bad) for position, g in gradients.items()}
         for position, of_parameter in gradients.items():
             of_parameter.add_weighted_sum(self._parts[position], weights)

@@ -85,7 +85,8 @@ class Outer(PerExample):
     def squared_norms(self) -> Tensor:
         positions, p, q = self.inputs.shape[2], self.inputs.shape[3], self.backprops.shape[3]
         if positions == 1:
-            return (_lengths(self.inputs) * _lengths(self.backprops)).square_().sum((1, 2))
+            squares = _lengths(self.inputs).mul_(_lengths(self.backprops)).square_()
+            return squares.flatten() if squares.shape[1] == 1 else squares.sum((1, 2))
         if 2 * positions * positions > p * q:
             return Dense(self._formed).squared_norms()
         lengths = _lengths(self.inputs) * _lengths(self.backprops)

@@ -82,7 +82,9 @@ def _weight_and_bias(weight: Tensor, bias: Tensor | None, outer: Outer) -> dict[
     if isinstance(weight, nn.Parameter):
         gradients[weight] = outer
     if isinstance(bias, nn.Parameter):
-        gradients[bias] = Dense(outer.backprops.sum(2).flatten(1))
+        # What is not summed is not copied.
+        alone = outer.backprops.shape[2] == 1
+        gradients[bias] = Dense((outer.backprops if alone else outer.backprops.sum(2)).flatten(1))
     return gradients
 
 
