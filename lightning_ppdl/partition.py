@@ -8,6 +8,7 @@ is ``IID(samples=600)`` for MNIST.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -37,6 +38,22 @@ class Partition(Protocol):
             ConfigurationError: If there are too few rows, or an argument is out of range.
         """
         ...
+
+
+def held_by_nobody(shares: Sequence[IntArray], rows: int) -> IntArray:
+    """The row numbers that no participant holds, ascending.
+
+    Settings may be chosen on these rows, if they are declared public, without a look at anybody's data
+    or at the test set.
+
+    Args:
+        shares: What a partition returned.
+        rows: n, the number of training rows.
+
+    >>> held_by_nobody([np.array([1, 4]), np.array([0, 2])], rows=6).tolist()
+    [3, 5]
+    """
+    return np.setdiff1d(np.arange(rows), np.concatenate(shares))
 
 
 @dataclass(frozen=True)
