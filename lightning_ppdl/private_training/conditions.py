@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.optim import LBFGS
 
@@ -27,6 +34,11 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, public_valida
         raise ConfigurationError(
             "automatic_optimization=False: private steps have to stand between backward and the optimizer's "
             "step, which manual optimization calls by itself; use automatic optimization"
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ConfigurationError(
+            "training_step(dataloader_iter) fetches batches by itself, so nobody knows which records a step "
+            "saw; take training_step(batch, batch_idx)"
         )
     if trainer.num_devices != 1 or trainer.num_nodes != 1:
         raise ConfigurationError(
@@ -57,6 +69,11 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, public_valida
             raise ConfigurationError(
                 "GradientAccumulationScheduler changes how many batches make a step, and each step is one "
                 "sample of a constant rate; give Trainer(accumulate_grad_batches=...)"
+            )
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise ConfigurationError(
+                f"{type(callback).__name__} trains on private data without noise; find the setting on public "
+                f"data"
             )
         if isinstance(callback, EarlyStopping) and not public_validation:
             remedy = "give Trainer(max_epochs=...) alone"

@@ -14,7 +14,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import BackboneFinetuning, EarlyStopping, GradientAccumulationScheduler
+from pytorch_lightning.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+)
 from scipy import stats
 from strategy_harness import Tiny, add_server, loader, trainer, url
 from torch import Tensor, nn
@@ -377,6 +382,11 @@ class Manual(Recording):
         self.automatic_optimization = False
 
 
+class Fetching(Recording):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
 class Foreign(Recording):
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD([*self.parameters(), nn.Parameter(torch.ones(2))], 0.1)
@@ -416,7 +426,7 @@ MODULES: dict[str, tuple[Callable[[], pl.LightningModule], str]] = {
         ),
         "running statistics",
     ),
-    "a buffer": (lambda: Recording(network=Remembering), "buffer 'network.mean'"),
+    "a buffer": (lambda: Recording(network=Remembering), "changes 'network.mean'"),
     "a raw parameter": (lambda: Recording(network=Scaled), r"Scaled: scale\)"),
     "an LSTM": (lambda: network(nn.LSTM(8, 8)), "DPLSTM"),
     "class weights": (lambda: Stepping(weighted), "couples examples"),
@@ -427,6 +437,7 @@ MODULES: dict[str, tuple[Callable[[], pl.LightningModule], str]] = {
     "functional use": (lambda: Stepping(functional), "call the layer"),
     "no scalar": (lambda: Stepping(vector), "scalar loss"),
     "no loss": (lambda: Stepping(nothing), "scalar loss"),
+    "an iterator of batches": (Fetching, "dataloader_iter"),
     "manual optimization": (Manual, "automatic_optimization"),
     "a parameter from elsewhere": (Foreign, "none of the module's"),
     "two optimizers": (Two, "[mM]ultiple optimizers|2 optimizers"),
@@ -451,6 +462,7 @@ TRAINERS: dict[str, tuple[dict[str, Any], str]] = {
     "overfit": ({"overfit_batches": 2}, "overfit_batches=2"),
     "reload": ({"reload_dataloaders_every_n_epochs": 1}, "reload_dataloaders"),
     "scheduled accumulation": ({"callbacks": [GradientAccumulationScheduler({1: 2})]}, "Scheduler"),
+    "tuning": ({"callbacks": [LearningRateFinder()]}, "without noise"),
     "early stopping": ({"callbacks": [EarlyStopping("loss")]}, "public_validation=True"),
 }
 

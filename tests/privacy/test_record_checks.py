@@ -93,6 +93,9 @@ def test_layers_that_mix_or_remember_are_named() -> None:
     with pytest.raises(ConfigurationError, match="InstanceNorm1d"):
         check_layers(nn.InstanceNorm1d(3, track_running_stats=True))
     check_layers(nn.InstanceNorm1d(3))
+    for setting, value in {"max_norm": 1.0, "scale_grad_by_freq": True, "sparse": True}.items():
+        with pytest.raises(ConfigurationError, match=setting):
+            check_layers(nn.Embedding(3, 2, **{setting: value}))  # type: ignore[arg-type]
 
 
 def test_nothing_is_disturbed() -> None:
@@ -127,9 +130,22 @@ def test_a_buffer_that_a_step_changes_is_named_and_put_back() -> None:
             return out
 
     module = Remembering()
-    with pytest.raises(ConfigurationError, match="buffer 'seen'"):
+    with pytest.raises(ConfigurationError, match="changes 'seen'"):
         check(module, F.cross_entropy)
     assert module.seen.item() == 0
+
+
+def test_a_parameter_that_a_forward_changes_is_named_and_put_back() -> None:
+    def renormalise(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            weight.mul_(0.9)
+
+    layer = nn.Linear(6, 6)
+    weight, before = layer.weight, layer.weight.detach().clone()
+    layer.register_forward_pre_hook(renormalise)
+    with pytest.raises(ConfigurationError, match=r"changes '2.weight'"):
+        check(network(layer), F.cross_entropy)
+    assert torch.equal(weight, before)
 
 
 def test_an_example_whose_gradient_is_not_finite_does_not_hide_the_others() -> None:

@@ -66,6 +66,13 @@ def check_layers(module: nn.Module) -> None:
                 f"{kind} keeps running statistics of the data in buffers, without noise; give "
                 f"track_running_stats=False"
             )
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+            for setting in ("max_norm", "scale_grad_by_freq", "sparse"):
+                if getattr(layer, setting):
+                    raise ConfigurationError(
+                        f"{kind} has {setting}={getattr(layer, setting)!r}, which acts on rows by which "
+                        f"tokens the batch holds, without noise; leave it out"
+                    )
 
 
 def check_loss(capture: Capture, trial: Trial) -> Reduction:
@@ -77,17 +84,19 @@ def check_loss(capture: Capture, trial: Trial) -> Reduction:
         Whether the loss is the mean or the sum over the batch.
 
     Raises:
-        ConfigurationError: if a step changes buffers, if a parameter's gradient is not the sum of what
-            its layers saw, if examples are coupled, or if the loss is neither mean nor sum.
+        ConfigurationError: if a step changes buffers or parameters by itself, if a parameter's gradient
+            is not the sum of what its layers saw, if examples are coupled, or if the loss is neither mean
+            nor sum.
     """
     if trial.examples < 3:
         raise ConfigurationError(
             f"the train data set has {trial.examples} records; privacy of records needs at least 3, and "
             f"thousands to be of use"
         )
-    with _undisturbed(trial.module):
+    with _undisturbed(trial.module) as require_constant:
         everyone = list(range(trial.examples))
         gradients = _gradients(capture, trial, everyone, compare=True)
+        require_constant()
         for position in everyone:
             stranger = (position + trial.examples // 2) % trial.examples
             others = [i if i == position else stranger for i in everyone]
@@ -197,29 +206,37 @@ def _deterministic(trial: Trial) -> bool:
 
 
 @contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put gradients and buffers back, and refuse a step that changed a buffer."""
-    kept = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+def _undisturbed(module: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put gradients, parameters and buffers back.
+
+    Yields:
+        Refuses what changed parameters or buffers until then.
+    """
+
+    def state() -> dict[str, Tensor]:
+        return {**dict(module.named_buffers()), **dict(module.named_parameters())}
+
+    def require_constant() -> None:
+        for name, value in state().items():
+            if name in kept and not _equal(value, kept[name]):
+                raise ConfigurationError(
+                    f"a training step changes {name!r} by itself: what data leave there carries no noise; "
+                    f"keep it constant in training"
+                )
+
+    kept = {name: value.detach().clone() for name, value in state().items()}
     gradients = {parameter: parameter.grad for parameter in module.parameters()}
     for parameter in gradients:
         parameter.grad = None
     try:
-        yield
-        changed = [
-            name for name, buffer in module.named_buffers() if name in kept and not _equal(buffer, kept[name])
-        ]
+        yield require_constant
     finally:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                if name in kept and buffer.shape == kept[name].shape:
-                    buffer.copy_(kept[name])
-    if changed:
-        raise ConfigurationError(
-            f"a training step changes the buffer {changed[0]!r}: what data leave there carries no noise; "
-            f"keep it constant in training"
-        )
+            for name, value in state().items():
+                if name in kept and value.shape == kept[name].shape:
+                    value.copy_(kept[name])
 
 
 @contextmanager
