@@ -114,6 +114,11 @@ def batch_of_all(seed: int = 0) -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
+@pytest.fixture(autouse=True)
+def same_weights() -> None:
+    torch.manual_seed(0)
+
+
 # Noise really arrives --------------------------------------------------------------------------------
 
 OPTIMIZERS = {
