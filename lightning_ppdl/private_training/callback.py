@@ -23,7 +23,7 @@ from lightning_ppdl.privacy.record.checks import EXAMPLES, Reduction, Trial, che
 from lightning_ppdl.privacy.record.clipping import ClippedSum, NoisyGradient
 from lightning_ppdl.privacy.record.poisson import PoissonBatches, poisson_loader, require_plain_loader
 from lightning_ppdl.privacy.record.record_level import PrivateStepsRelease, RecordLevel
-from lightning_ppdl.private_training.conditions import check_optimizers, check_trainer
+from lightning_ppdl.private_training.conditions import check_start, check_trainer
 from lightning_ppdl.private_training.trial import trial_loss
 
 
@@ -153,7 +153,7 @@ class PrivateTraining(pl.Callback):
         check_layers(pl_module)
         self._renew_capture(pl_module)
         assert self._capture is not None
-        check_optimizers(trainer, self._capture.parameters, self.mechanism.public_validation)
+        check_start(trainer, self._capture.parameters, self.mechanism.public_validation)
         assert self._loader is not None
         exact = str(trainer.precision) in ("32-true", "64-true")
         with trial_loss(trainer, pl_module, self._loader, EXAMPLES) as (examples, loss):

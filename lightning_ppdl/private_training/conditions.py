@@ -80,24 +80,10 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, public_valida
             raise ConfigurationError(
                 f"EarlyStopping(monitor={callback.monitor!r}) {_FOLLOWS.format(remedy=remedy)}"
             )
-        if (
-            isinstance(callback, ModelCheckpoint)
-            and callback.monitor is not None
-            and callback.best_model_path
-            and str(trainer.ckpt_path) == callback.best_model_path
-            and not public_validation
-        ):
-            remedy = "resume from the last checkpoint"
-            raise ConfigurationError(
-                f"ckpt_path={trainer.ckpt_path!r}, the best by {callback.monitor!r}, "
-                f"{_FOLLOWS.format(remedy=remedy)}"
-            )
 
 
-def check_optimizers(
-    trainer: pl.Trainer, trained: Mapping[str, nn.Parameter], public_validation: bool
-) -> None:
-    """Refuse optimizers and schedulers that private steps do not reach, or that look at private metrics.
+def check_start(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter], public_validation: bool) -> None:
+    """Refuse optimizers that private steps do not reach, and what follows private metrics without noise.
 
     Args:
         trained: What gets private gradients.
@@ -116,6 +102,19 @@ def check_optimizers(
             "LBFGS evaluates several gradients a step, and each would cost; use SGD, Adam or another one "
             "that evaluates one"
         )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (
+            isinstance(callback, ModelCheckpoint)
+            and callback.monitor is not None
+            and callback.best_model_path
+            and str(trainer.ckpt_path) == callback.best_model_path
+            and not public_validation
+        ):
+            remedy = "resume from the last checkpoint"
+            raise ConfigurationError(
+                f"ckpt_path={trainer.ckpt_path!r}, the best by {callback.monitor!r}, "
+                f"{_FOLLOWS.format(remedy=remedy)}"
+            )
     known = set(trained.values())
     if any(p.requires_grad and p not in known for group in optimizer.param_groups for p in group["params"]):
         raise ConfigurationError(

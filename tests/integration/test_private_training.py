@@ -19,6 +19,7 @@ from pytorch_lightning.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
 )
 from scipy import stats
 from strategy_harness import Tiny, add_server, loader, trainer, url
@@ -502,13 +503,23 @@ def test_loss_scaling_is_refused(url: str, tmp_path: Path) -> None:
         fit(Recording(), private(url, tmp_path), epochs=1, plugins=[Scaling()])
 
 
-def test_public_validation_data_may_steer(url: str, tmp_path: Path) -> None:
-    class Logging(Recording):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("loss", F.cross_entropy(self.network(batch[0]), batch[1]))
+class Validated(Recording):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.cross_entropy(self.network(batch[0]), batch[1]))
 
+
+def test_going_back_to_the_best_checkpoint_is_refused(url: str, tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="loss")
+    settings: dict[str, Any] = {"callbacks": [best], "enable_checkpointing": True}
+    fit(Validated(), private(url, tmp_path), validation=data(16, 8), epochs=1, **settings)
+    made = trainer(private(f"{url}b", tmp_path), 2, **settings)
+    with pytest.raises(ConfigurationError, match="the best by 'loss'"):
+        made.fit(Validated(), data(), data(16, 8), ckpt_path=best.best_model_path)
+
+
+def test_public_validation_data_may_steer(url: str, tmp_path: Path) -> None:
     strategy = private(url, tmp_path, public_validation=True)
-    fit(Logging(), strategy, validation=data(16, 8), epochs=1, callbacks=[EarlyStopping("loss")])
+    fit(Validated(), strategy, validation=data(16, 8), epochs=1, callbacks=[EarlyStopping("loss")])
     assert strategy._callback.reports[0].merged
 
 
