@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.validation import require_count
 
-#: Makes the optimizer of the parameters it is given, such as ``partial(torch.optim.SGD, lr=0.1)``, or an
-#: optimizer and its schedule, such as ``partial(decaying, steps=100, optimizer=torch.optim.SGD, lr=0.1)``.
-OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer | OptimizerLRSchedulerConfig]
+#: Makes the optimizer of the parameters it is given, such as ``partial(torch.optim.SGD, lr=0.1)``.
+OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 def linear(input_shape: Sequence[int], classes: int, bias: bool = True) -> nn.Sequential:
@@ -167,7 +164,7 @@ class Classifier(pl.LightningModule):
 
     Args:
         network: From (batch, *input_shape) to logits (batch, classes).
-        optimizer: Makes the optimizer of the parameters, with a schedule or without.
+        optimizer: Makes the optimizer of the parameters.
         classes: Number of classes.
 
     Raises:
@@ -210,32 +207,9 @@ class Classifier(pl.LightningModule):
         metric.update(self.network(inputs), labels)
         self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
 
-    def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
-        """The optimizer of all parameters, and its schedule if it has one."""
+    def configure_optimizers(self) -> Optimizer:
+        """The optimizer of all parameters."""
         return self.make_optimizer(self.parameters())
-
-
-def decaying(
-    parameters: Iterable[nn.Parameter], *, steps: int, optimizer: Callable[..., Optimizer], **settings: Any
-) -> OptimizerLRSchedulerConfig:
-    """An optimizer whose learning rate falls in a straight line, to zero after ``steps`` steps.
-
-    The first step has the full rate, the last one ``1 / steps`` of it. The schedule is public: it looks
-    at no data.
-
-    Args:
-        parameters: What to optimize.
-        steps: Optimizer steps of the whole run; with rounds of one step, the number of rounds.
-        optimizer: Makes the optimizer, such as ``torch.optim.SGD``.
-        settings: Its other arguments, ``lr`` among them.
-
-    Raises:
-        ConfigurationError: If `steps` is not a whole number of at least 1.
-    """
-    require_count("optimizer.steps", steps)
-    made = optimizer(parameters, **settings)
-    schedule = LambdaLR(made, lambda step: max(0.0, 1 - step / steps))
-    return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def _require_sizes(name: str, sizes: Sequence[int]) -> None:

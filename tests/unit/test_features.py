@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_ppdl.data import ArrayDataset, Features, Splits
 from lightning_ppdl.errors import ConfigurationError
-from lightning_ppdl.models import decaying
 from lightning_ppdl.scattering import scattering_features
 
 
@@ -110,21 +109,3 @@ def test_bad_arguments_are_named() -> None:
         Features(Noise(), "resnet")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"features\.batch_size=0"):
         Features(Noise(), nn.Flatten(), batch_size=0)
-
-
-# --- A head's learning rate ------------------------------------------------------------------------
-
-
-def test_a_decaying_learning_rate_is_a_straight_line_to_zero() -> None:
-    made = decaying([nn.Parameter(torch.zeros(2))], steps=4, optimizer=torch.optim.SGD, lr=8.0, momentum=0.5)
-    optimizer, schedule = made["optimizer"], made["lr_scheduler"]
-    assert isinstance(schedule, dict) and schedule["interval"] == "step"
-    rates = []
-    for _ in range(6):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule["scheduler"].step()
-    assert rates == [8.0, 6.0, 4.0, 2.0, 0.0, 0.0]
-    assert optimizer.param_groups[0]["momentum"] == 0.5
-    with pytest.raises(ConfigurationError, match=r"optimizer\.steps=0"):
-        decaying([], steps=0, optimizer=torch.optim.SGD)
