@@ -224,6 +224,7 @@ class Participant:
         message = wire.encode_update(update, self.manifest.size)
         if self.account is not None:
             self.account.pay(self.round, released.event, len(update.indices), message)
+            self._release.paid()
         receipt = self._send(message)
         self.in_round = False
         self._exchange_seconds += time.perf_counter() - started
@@ -256,8 +257,9 @@ class Participant:
     def leave(self) -> None:
         """Leave the collaboration; :meth:`join` comes back to it."""
         self.in_round = False
-        if self.account is not None and (event := self._release.unreleased_event()) is not None:
+        if self.account is not None and (event := self._release.unpaid()) is not None:
             self.account.pay(self.round, event, 0, None)
+            self._release.paid()
         self._backend.leave()
 
     def state_dict(self) -> dict[str, Any]:

@@ -55,9 +55,12 @@ class Release(ABC):
         """Private steps taken and not yet part of an event; 0 for releases that cost a round each."""
         return 0
 
-    def unreleased_event(self) -> PrivacyEvent | None:
-        """What was spent since the last release without releasing anything, once; None if nothing was."""
+    def unpaid(self) -> PrivacyEvent | None:
+        """What was spent and is in no ledger yet; None for releases that cost a round each."""
         return None
+
+    def paid(self) -> None:  # noqa: B027 - releases that cost a round each keep no count
+        """Say that what :meth:`unpaid` gave, or the last release's event, is in the ledger."""
 
     @abstractmethod
     def max_fraction(self, size: int) -> float:

@@ -238,6 +238,23 @@ def test_nothing_is_sent_when_the_ledger_cannot_be_written(url: str, monkeypatch
     assert server.status().uploads == 0
 
 
+def test_steps_stay_unpaid_until_the_ledger_took_them(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_server(url)
+    record, refused = Ledger.record, []
+
+    def full_once(ledger: Ledger, entry: Any, message: bytes | None = None) -> None:
+        if not refused:
+            refused.append(entry)
+            raise LedgerWriteError("the disk is full")
+        record(ledger, entry, message)
+
+    monkeypatch.setattr(Ledger, "record", full_once)
+    ledger = Ledger(None)
+    with pytest.raises(LedgerWriteError):
+        fit(Tiny(), private(url, RECORD, ledger))
+    assert [event.steps for event in ledger.events() if isinstance(event, PrivateSteps)] == [BATCHES]
+
+
 def test_the_spend_is_logged(url: str, tmp_path: Path) -> None:
     add_server(url)
     logger = CSVLogger(tmp_path, version=0)

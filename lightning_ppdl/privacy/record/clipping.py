@@ -43,13 +43,13 @@ class ClippedSum:
         parameters: All trainable ones: one norm an example, over them jointly.
         clip: C, above 0.
 
-    | Case | What happens |
-    |---|---|
-    | no example | adds nothing |
-    | an example's gradient is zero | adds zero |
-    | its norm is below the clip | added as it is |
-    | its gradient holds NaN or infinity, or its squared norm overflows | adds zero |
-    | a parameter took no part | its entries stay zero |
+    =================================================================  =====================
+    no example                                                         adds nothing
+    an example's gradient is zero                                      adds zero
+    its norm is below the clip                                         added as it is
+    its gradient holds NaN or infinity, or its squared norm overflows  adds zero
+    a parameter took no part                                           its entries stay zero
+    =================================================================  =====================
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], clip: float) -> None:

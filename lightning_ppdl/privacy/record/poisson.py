@@ -38,10 +38,10 @@ class PoissonBatches(Sampler[list[int]]):
 
     An epoch is ``round(1 / q)`` draws.
 
-    | Case | What is yielded |
-    |---|---|
-    | nobody was drawn | record 0 as a placeholder, its size 0 in ``sizes``: no step may use it |
-    | q = 1 | all records, in every draw |
+    ================  ======================================================================
+    nobody was drawn  record 0 as a placeholder, its size 0 in ``sizes``: no step may use it
+    q = 1             all records, in every draw
+    ================  ======================================================================
     """
 
     def __init__(self, records: int, sampling_rate: float, noise: NoiseSource, parts: int = 1) -> None:

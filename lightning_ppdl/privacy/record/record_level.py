@@ -45,13 +45,13 @@ class RecordLevel(Mechanism):
         public_validation: Whether validation data are public, so that schedules and early stopping may
             follow their metrics.
 
-    | Case | What happens |
-    |---|---|
-    | nobody was drawn | the step is made of noise alone |
-    | a gradient holds NaN or infinity | its record adds zero, the noise stays |
-    | an update is zero | as any other; the steps before it were paid for |
-    | a round's upload is lost, rejected or late | its steps are paid for all the same |
-    | training ends between two releases | the steps since the last one are entered in the ledger |
+    ==========================================  ======================================================
+    nobody was drawn                            the step is made of noise alone
+    a gradient holds NaN or infinity            its record adds zero, the noise stays
+    an update is zero                           as any other; the steps before it were paid for
+    a round's upload is lost, rejected or late  its steps are paid for all the same
+    training ends between two releases          the steps since the last one are entered in the ledger
+    ==========================================  ======================================================
 
     Raises:
         ConfigurationError: for a value out of range, for both or neither of ``noise_multiplier`` and
@@ -177,14 +177,15 @@ class PrivateStepsRelease(Release):
         """Say that so many private steps were taken; before their gradients are used."""
         self._taken[0] += steps
 
-    def unreleased_event(self) -> PrivateSteps | None:
-        """The steps since the last event, as one, once; None if there are none."""
-        steps, self._taken[0] = self._taken[0], 0
-        return replace(self.step, steps=steps) if steps else None
+    def unpaid(self) -> PrivateSteps | None:
+        """The steps since the last event that was paid for, as one; None if there are none."""
+        return replace(self.step, steps=self._taken[0]) if self._taken[0] else None
+
+    def paid(self) -> None:
+        self._taken[0] = 0
 
     def release(self, delta: Tensor, generator: torch.Generator) -> Released:
-        released = self.plain.release(delta, generator)
-        return replace(released, event=self.unreleased_event())
+        return replace(self.plain.release(delta, generator), event=self.unpaid())
 
     def max_fraction(self, size: int) -> float:
         return self.plain.max_fraction(size)
