@@ -240,7 +240,8 @@ def test_nothing_is_sent_when_the_ledger_cannot_be_written(url: str, monkeypatch
 
 def test_steps_stay_unpaid_until_the_ledger_took_them(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     add_server(url)
-    record, refused = Ledger.record, []
+    record = Ledger.record
+    refused: list[Any] = []
 
     def full_once(ledger: Ledger, entry: Any, message: bytes | None = None) -> None:
         if not refused:
