@@ -3,9 +3,10 @@
 Reads the private collaboration's accuracies from `mnist_private.py --json FILE`, measures the rest, and
 draws all of it into one picture. Training alone is without noise, on 600 images each: the better of the
 paper's networks on pixels, and the same linear model on the same frozen features, whose learning rate is
-chosen on the 6,000 images that nobody holds. The paper's mechanism perturbs the uploads of the paper's MLP, 90 participants,
-round robin, 10 rounds, released values truncated to gamma as in the paper: once at the *total* epsilons
-of the private collaboration, and once at the paper's epsilons *per parameter*, whose totals are printed.
+chosen on the 6,000 images that nobody holds. The paper's mechanism perturbs the uploads of the paper's
+MLP, 90 participants, round robin, 10 rounds, released values truncated to gamma as in the paper: once at
+the *total* epsilons of the private collaboration, and once at the paper's epsilons *per parameter*, whose
+totals are printed.
 """
 
 from __future__ import annotations
