@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal, Protocol, runtime_checkable
+from weakref import WeakSet
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_ppdl.errors import BudgetExhaustedError, ConfigurationError
+from lightning_ppdl.errors import BudgetExhaustedError, ConfigurationError, TaintedStateError
 from lightning_ppdl.initial import Initial, initial_vector
 from lightning_ppdl.layout import ParameterLayout, Share
 from lightning_ppdl.participant import Participant, RoundReport
 from lightning_ppdl.privacy.account import Account
 from lightning_ppdl.privacy.mechanism import Mechanism
 from lightning_ppdl.records import Quantity
+
+# Modules that were trained in this process without record-level noise: what follows from them is no
+# post-processing of private steps. A checkpoint says so of the modules of other processes.
+_noiseless_modules: WeakSet[pl.LightningModule] = WeakSet()
 
 _ON_PROGRESS_BAR = ("ppdl/round", "ppdl/uploaded_bytes", "ppdl/staleness", "ppdl/epsilon")
 
@@ -72,6 +78,8 @@ class DSSGDCallback(pl.Callback):
         self._batches = 0
         self._warned = False
         self._alone = False
+        self._noiseless = False
+        self._resumed = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, CollaboratingStrategy):
@@ -95,19 +103,21 @@ class DSSGDCallback(pl.Callback):
         self._warned = self._alone = False
         account = self._participant.account
         if account is not None:
+            self._check_private(trainer, pl_module, account)
             if self._participant.exhausted:
                 self._spend_no_more(trainer, account, before_training=True)
-            if self._alone:
-                return
-            account.require_untainted()
+        if strategy.privacy is None or strategy.privacy.unit != "record":
+            self._remember_noiseless(pl_module)
+        if self._alone:
+            return
         if self._participant.join():
             if self._participant.round and isinstance(strategy.initial, int):
                 raise ConfigurationError(
                     f"this participant continues after round {self._participant.round}, but "
                     f"{strategy.server_url} is new and has no parameters: with initial={strategy.initial!r} "
                     f"all training so far would be thrown away. Give initial='own' to start it from this "
-                    f"participant's parameters (they leave this machine un-noised), a file, or begin anew "
-                    f"with a new strategy and no ckpt_path"
+                    f"participant's parameters (they leave this machine un-noised; refused beside a privacy "
+                    f"mechanism), a file, or begin anew with a new strategy and no ckpt_path"
                 )
             vector = initial_vector(strategy.initial, pl_module, self._layout)
             taken = self._participant.offer_initial(vector)
@@ -121,6 +131,9 @@ class DSSGDCallback(pl.Callback):
     ) -> None:
         participant, layout = self._joined()
         if not participant.in_round and not self._alone:
+            if participant.account is not None and participant.exhausted:
+                self._spend_no_more(trainer, participant.account)
+                return
             layout.assign(participant.begin_round(layout.flatten()))
             if not layout.exact:
                 participant.started_from(layout.flatten())
@@ -131,9 +144,9 @@ class DSSGDCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._strategy.quantity != "gradient" or self._alone:
-            return
         participant, layout = self._joined()
+        if self._strategy.quantity != "gradient" or not participant.in_round:
+            return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if _loss_scale_overflowed(trainer, parameters):
             return
@@ -148,7 +161,7 @@ class DSSGDCallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         participant, _ = self._joined()
-        if self._alone:
+        if not participant.in_round:
             return
         self._batches += 1
         length = self._strategy.round_length
@@ -156,8 +169,10 @@ class DSSGDCallback(pl.Callback):
         # Private steps may use up the budget in the middle of a round; then it ends there.
         if complete or participant.exhausted:
             self._end_round(trainer, on_step=True)
-            if participant.account is not None and participant.exhausted:
-                self._spend_no_more(trainer, participant.account)
+            # Going on alone is for the next batch to decide, if there is one.
+            account = participant.account
+            if account is not None and participant.exhausted and account.mechanism.on_exhausted == "stop":
+                self._spend_no_more(trainer, account)
         else:
             participant.keep_turn()
 
@@ -178,15 +193,59 @@ class DSSGDCallback(pl.Callback):
         participant, _ = self._joined()
         if participant.in_round:
             self._end_round(trainer, on_step=None)
+        if participant.account is not None:
+            rank_zero_info(f"the ledger of participant {participant.name!r}: {participant.account.spent()}")
+
+    def _check_private(self, trainer: pl.Trainer, module: pl.LightningModule, account: Account) -> None:
+        """Refuse what would void a mechanism's guarantee, before anything leaves."""
+        privacy = account.mechanism
+        if not privacy.public_validation and any(
+            isinstance(callback, EarlyStopping)
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+        ):
+            raise ConfigurationError(
+                "EarlyStopping decides by a metric without noise how much is released; leave it out, or "
+                "declare the validation data public with public_validation=True"
+            )
+        if privacy.max_epsilon is not None and privacy.on_exhausted == "stop":
+            for name in ("min_epochs", "min_steps"):
+                if getattr(trainer, name):
+                    raise ConfigurationError(
+                        f"{name}={getattr(trainer, name)!r}: the budget max_epsilon={privacy.max_epsilon!r} "
+                        f"may have to end training earlier; leave it out, or give on_exhausted='local'"
+                    )
+        if privacy.unit != "record":
+            return
+        account.require_untainted()
+        unknown = trainer.ckpt_path is not None and not self._resumed
+        if self._noiseless or unknown or module in _noiseless_modules:
+            raise TaintedStateError(
+                "this module, or the checkpoint it continues from, was trained without noise, or by a "
+                "Trainer that kept no record of it: what follows from it cannot be released at the level of "
+                "records. Begin with a new module, and continue only from checkpoints of record-level "
+                "training"
+            )
+        shared = {spec.name for spec in self._joined()[1].specs}
+        local = [name for name, p in module.named_parameters() if p.requires_grad and name not in shared]
+        if local:
+            rank_zero_warn(
+                f"{len(local)} trainable parameters, {local[0]!r} first, stay local and keep the values that "
+                f"they have now: the guarantee needs these to come from no private data, or from private "
+                f"steps only"
+            )
+
+    def _remember_noiseless(self, module: pl.LightningModule) -> None:
+        self._noiseless = True
+        _noiseless_modules.add(module)
 
     def _spend_no_more(self, trainer: pl.Trainer, account: Account, before_training: bool = False) -> None:
         """The budget is spent: end training, or let it go on without exchanges and without noise."""
-        privacy = self._strategy.privacy
-        assert privacy is not None
+        privacy = account.mechanism
         spent = f"max_epsilon={privacy.max_epsilon!r} allows no further release of privacy={privacy.name!r}"
         if privacy.on_exhausted == "local":
             rank_zero_warn(f"{spent}: training goes on without exchanging, and without noise")
             account.taint("its budget was spent, and on_exhausted='local'")
+            self._remember_noiseless(trainer.lightning_module)
             self._alone = True
             self._strategy.go_local()
         elif before_training:
@@ -207,10 +266,11 @@ class DSSGDCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         state = self._state if self._participant is None else self._participant.state_dict()
-        return {} if state is None else state
+        return {"noiseless": self._noiseless, "participant": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = state_dict or None
+        self._state, self._noiseless = state_dict["participant"], state_dict["noiseless"]
+        self._resumed = True
 
     def _warn_of_unshared(self, layout: ParameterLayout) -> None:
         if not self._warned and (late := layout.trainable_but_not_shared()):

@@ -260,6 +260,8 @@ class Participant:
         if self.account is not None and (event := self._release.unpaid()) is not None:
             self.account.pay(self.round, event, 0, None)
             self._release.paid()
+        if self.account is not None:
+            self.account.close()
         self._backend.leave()
 
     def state_dict(self) -> dict[str, Any]:

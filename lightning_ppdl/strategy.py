@@ -138,6 +138,11 @@ class DSSGDStrategy(SingleDeviceStrategy):
                 "initial='own' would send this module's parameters un-noised, beside privacy="
                 f"{privacy.name!r}; give a public seed, or the .safetensors file of public parameters"
             )
+        if isinstance(privacy, RecordLevel) and share_buffers is not None:
+            raise ConfigurationError(
+                f"share_buffers={share_buffers!r} beside privacy='record': only gradients are made private, "
+                f"and buffers may hold anything of the data; leave buffers local"
+            )
         if not isinstance(seed, int):
             raise ConfigurationError(f"seed={seed!r} must be a whole number")
         self.seed = seed
@@ -165,13 +170,14 @@ class DSSGDStrategy(SingleDeviceStrategy):
             mechanism = self.privacy.calibrated(plan)
             assert self._noise is not None
             release = mechanism.make_release(self._selection, self._bound, self._noise)
-            if self._private is not None:
-                assert isinstance(mechanism, RecordLevel) and isinstance(release, PrivateStepsRelease)
-                self._private.start(mechanism, release)
             planned = plan.steps if mechanism.unit == "record" else plan.rounds
             account = Account(
                 self._open_ledger(), self.participant, mechanism, mechanism.event(plan), planned
             )
+            if self._private is not None:
+                assert isinstance(mechanism, RecordLevel) and isinstance(release, PrivateStepsRelease)
+                for event in self._private.start(mechanism, release):
+                    account.pay(0, event, 0, None)
         manifest = Manifest(layout.specs, self.quantity, release.max_fraction(layout.size), release.bound)
         return Participant(
             self.participant,
@@ -200,17 +206,18 @@ class DSSGDStrategy(SingleDeviceStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         steps = trainer.estimated_stepping_batches
-        rounds: float = steps
-        if self.round_length == "epoch":
-            rounds = trainer.max_epochs if trainer.max_epochs is not None else -1
-            rounds = rounds if rounds >= 0 else math.inf
-        else:
-            rounds = math.ceil(steps / self.round_length) if math.isfinite(steps) else math.inf
+        # max_steps may end training well before max_epochs does.
+        batches_an_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+        length = math.ceil(batches_an_epoch) if math.isfinite(batches_an_epoch) else math.inf
+        rounds: float = steps / (length if self.round_length == "epoch" else self.round_length)
+        if self.round_length == "epoch" and length == math.inf:
+            epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+            rounds = epochs if epochs >= 0 else math.inf
         batches = self._private if self._private is not None else trainer.train_dataloader
         dataset = getattr(trainer.train_dataloader, "dataset", None)
         return Plan(
             size=layout.size,
-            rounds=int(rounds) if math.isfinite(rounds) else None,
+            rounds=math.ceil(rounds) if math.isfinite(rounds) else None,
             steps=int(steps) if math.isfinite(steps) else None,
             records=len(dataset) if isinstance(dataset, Sized) else None,
             batch_size=getattr(batches, "batch_size", None),
@@ -299,6 +306,8 @@ def _identities(module: pl.LightningModule) -> tuple[int, ...]:
 def _check_ledger(
     privacy: Mechanism | None, ledger: Ledger | str | Path | None, noise: NoiseSource | None
 ) -> Ledger | str | Path | None:
+    if noise is not None and not isinstance(noise, NoiseSource):
+        raise ConfigurationError(f"noise={noise!r} must be a NoiseSource, or None for the operating system's")
     if privacy is None:
         if ledger is not None or noise is not None:
             raise ConfigurationError(
@@ -310,6 +319,12 @@ def _check_ledger(
     if not isinstance(ledger, Ledger | str | Path):
         raise ConfigurationError(
             f"ledger={ledger!r} must be the path of this data set's ledger, e.g. ledger='clinic-a.ledger'"
+        )
+    if noise is not None and noise.simulated and not (isinstance(ledger, Ledger) and ledger.path is None):
+        raise ConfigurationError(
+            f"noise={noise!r} can be taken off by whoever knows its seed, and ledger={str(ledger)!r} would "
+            f"say that it protects; leave noise out, or in a simulation give a ledger in memory, "
+            f"Ledger(None)"
         )
     return ledger
 

@@ -17,7 +17,12 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_ppdl.errors import ConfigurationError, ParticipantFailedError, PPDLError
+from lightning_ppdl.errors import (
+    BudgetExhaustedError,
+    ConfigurationError,
+    ParticipantFailedError,
+    PPDLError,
+)
 from lightning_ppdl.simulation.settings import trainer_argument_problem
 
 CONFIG_PATH = "pkg://lightning_ppdl.conf.ppdl"
@@ -141,6 +146,10 @@ def _with_slash(argument: str) -> str:
 
 
 def _report(name: str, error: Exception, arguments: Sequence[str], wants_traceback: bool) -> int:
+    if isinstance(error, ParticipantFailedError):
+        cause = error.__cause__
+        if isinstance(cause, ConfigurationError | BudgetExhaustedError):
+            error = cause  # what every participant would say, and no failure of one
     expected = isinstance(error, PPDLError | HydraException | OmegaConfBaseException)
     if isinstance(error, ParticipantFailedError):
         traceback.print_exception(error.__cause__)

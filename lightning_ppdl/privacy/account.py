@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from lightning_ppdl.errors import TaintedStateError
+from lightning_ppdl.errors import BudgetExhaustedError, ConfigurationError, TaintedStateError
 from lightning_ppdl.privacy.accounting import Spent, affordable, total
 from lightning_ppdl.privacy.events import PrivacyEvent
 from lightning_ppdl.privacy.ledger import Ledger, LedgerEntry
 from lightning_ppdl.privacy.mechanism import Mechanism
+
+_in_use: WeakKeyDictionary[Ledger, Account] = WeakKeyDictionary()
 
 
 class Account:
@@ -20,6 +23,10 @@ class Account:
         mechanism: Its delta and its budget.
         event: What one release costs, or one private step.
         planned: How many of them the run plans, None if that is open.
+
+    Raises:
+        ConfigurationError: if another account pays out of this ledger: neither would know what the other is
+            about to spend.
     """
 
     def __init__(
@@ -30,14 +37,24 @@ class Account:
         event: PrivacyEvent,
         planned: int | None = None,
     ) -> None:
+        self.participant = participant
+        if _in_use.setdefault(ledger, self) is not self:
+            raise ConfigurationError(
+                f"the ledger {ledger.path or 'in memory'} is in use by participant "
+                f"{_in_use[ledger].participant!r}; a data set has one participant at a time"
+            )
         self._ledger = ledger
-        self._mechanism = mechanism
+        self.mechanism = mechanism
         self._event = event
-        self._planned = planned or 1
+        self._planned = planned
         self._left = 0
-        self._participant = participant
+        self._revision = -1
         self._study = ""
         self._unsettled: LedgerEntry | None = None
+
+    def close(self) -> None:
+        """Let another account have the ledger."""
+        _in_use.pop(self._ledger, None)
 
     def resume(self, study: str, last_round: int) -> int:
         """Begin or go on at a server.
@@ -52,19 +69,24 @@ class Account:
         Raises:
             LedgerBehindError: if the server has seen a release that the ledger does not know.
         """
-        self._ledger.require_not_behind(study, self._participant, last_round)
+        self._ledger.require_not_behind(study, self.participant, last_round)
         self._study = study
-        return self._ledger.last_round(study, self._participant)
+        return self._ledger.last_round(study, self.participant)
 
     def affords(self, count: int) -> bool:
         """Whether ``count`` more releases, or private steps, stay within the budget."""
-        budget = self._mechanism.max_epsilon
+        budget = self.mechanism.max_epsilon
         if budget is None:
             return True
-        if count > self._left:
-            # Settings are fixed in advance, so the number that fits is too: it is found once, not a release.
-            most = max(count, self._planned)
-            self._left = affordable(self._ledger.events(), self._event, budget, self._mechanism.delta, most)
+        if count > self._left or self._ledger.revision != self._revision:
+            # Settings are fixed in advance, so the number that fits is too: it is found once, not a release,
+            # unless somebody else pays out of this ledger.
+            most = max(count, self._planned or 1)
+            self._revision = self._ledger.revision
+            mechanism = self.mechanism
+            self._left = affordable(
+                self._ledger.events(), self._event, budget, mechanism.delta, most, unit=mechanism.unit
+            )
         return count <= self._left
 
     def pay(
@@ -80,15 +102,24 @@ class Account:
 
         Raises:
             LedgerWriteError: if that cannot be done; then nothing may be sent.
+            BudgetExhaustedError: if the release does not fit into the budget; nothing is entered then.
         """
-        entry = LedgerEntry.new(self._study, self._participant, round, event, released_values)
+        units = 0 if event is None else getattr(event, "steps", 1)
+        # What is not released stays in the house, and is entered whatever the budget says.
+        if message is not None and units and not self.affords(units):
+            raise BudgetExhaustedError(
+                f"max_epsilon={self.mechanism.max_epsilon!r} has no room for this release: the ledger holds "
+                f"{self.spent()}; nothing was sent"
+            )
+        entry = LedgerEntry.new(self._study, self.participant, round, event, released_values)
         self._ledger.record(entry, message)
         self._unsettled = None if message is None else entry
-        self._left -= getattr(event, "steps", 1)
+        self._left -= units
+        self._revision += 1
 
     def unsent(self) -> bytes | None:
         """What was paid for before a restart and may not have been sent."""
-        pending = self._ledger.pending(self._study, self._participant)
+        pending = self._ledger.pending(self._study, self.participant)
         if pending is None:
             return None
         self._unsettled = pending.entry
@@ -101,22 +132,27 @@ class Account:
             self._unsettled = None
 
     def spent(self) -> Spent:
-        """The ledger's total at the mechanism's delta."""
-        return total(self._ledger.events(), self._mechanism.delta)
+        """The ledger's total at the mechanism's delta.
+
+        Raises:
+            ConfigurationError: if there is none for the mechanism's unit: no participant is protected by what
+                was released at the level of records.
+        """
+        return total(self._ledger.events(), self.mechanism.delta, unit=self.mechanism.unit)
 
     def taint(self, reason: str) -> None:
         """Mark what this participant trains from now on as unfit for record-level releases, for good."""
-        self._ledger.taint(self._participant, reason)
+        self._ledger.taint(self.participant, reason)
 
     def require_untainted(self) -> None:
         """Raise TaintedStateError if this participant was trained on without noise."""
-        reason = self._ledger.tainted(self._participant)
-        if reason is not None and self._mechanism.unit == "record":
+        reason = self._ledger.tainted(self.participant)
+        if reason is not None and self.mechanism.unit == "record":
             raise TaintedStateError(
-                f"participant {self._participant!r} was trained on without noise ({reason}): nothing that "
+                f"participant {self.participant!r} was trained on without noise ({reason}): nothing that "
                 f"follows from its parameters and its optimizer's state may be released at the level of "
                 f"records. Begin anew with a new module and without its checkpoints, and then say so with "
-                f"Ledger({str(self._ledger.path)!r}).clear_taint({self._participant!r})"
+                f"Ledger({str(self._ledger.path)!r}).clear_taint({self.participant!r})"
             )
 
     def to_primitives(self) -> list[dict[str, Any]]:
@@ -130,7 +166,7 @@ class Account:
     def metrics(self) -> dict[str, float]:
         """``epsilon`` spent, and ``epsilon_remaining`` where there is a budget."""
         epsilon = self.spent().epsilon
-        budget = self._mechanism.max_epsilon
+        budget = self.mechanism.max_epsilon
         return {
             "epsilon": epsilon,
             **({} if budget is None else {"epsilon_remaining": max(0.0, budget - epsilon)}),

@@ -151,15 +151,23 @@ def calibrate_noise(
 
 
 def affordable(
-    spent: Sequence[PrivacyEvent], event: PrivacyEvent, max_epsilon: float, delta: float, most: int
+    spent: Sequence[PrivacyEvent],
+    event: PrivacyEvent,
+    max_epsilon: float,
+    delta: float,
+    most: int,
+    unit: Unit | None = None,
 ) -> int:
-    """How many more of ``event``, up to ``most``, fit into ``max_epsilon`` at ``delta`` after ``spent``."""
+    """How many more of ``event``, up to ``most``, fit into ``max_epsilon`` at ``delta`` after ``spent``.
+
+    ``unit`` is as in :func:`total`.
+    """
     require_positive("max_epsilon", max_epsilon)
     spent = list(spent)
 
     def fits(count: int) -> bool:
         more = _repeated(event, count) if count else []
-        return total([*spent, *more], delta).epsilon <= max_epsilon * _SLACK
+        return total([*spent, *more], delta, unit=unit).epsilon <= max_epsilon * _SLACK
 
     if fits(most):
         return most

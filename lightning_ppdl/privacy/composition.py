@@ -162,7 +162,7 @@ def _interval(costs: Costs, rough: float) -> float:
     if len(pures) == len(costs) == 1:
         return pures[0]  # its losses are +-epsilon: on this grid nothing is rounded
     # A power of two, so that neighbouring totals share their distributions.
-    interval = max(_FINEST, 2.0 ** math.floor(math.log2(_RELATIVE * rough)))
+    interval = max(_FINEST, 2.0 ** math.floor(math.log2(_RELATIVE * max(rough, 1e-9))))
     return max(min([interval, *(epsilon / 200 for epsilon in pures)]), rough / 1e6)
 
 

@@ -110,6 +110,8 @@ class Ledger:
     def __init__(self, path: str | Path | None) -> None:
         self._file = LedgerFile(path, _SCHEMA)
         self.path = self._file.path
+        self.revision = 0
+        """Grows with every change made through this object."""
 
     def __enter__(self) -> Ledger:
         return self
@@ -142,6 +144,7 @@ class Ledger:
                     f"the ledger holds entry {entry.id} already; every release is a new one"
                 )
             _insert(database, entry)
+            self.revision += 1
             if message is not None:
                 database.execute(
                     "INSERT OR REPLACE INTO unsent VALUES (?, ?, ?, ?)",
@@ -210,6 +213,7 @@ class Ledger:
                 mine = _find(database, entry.id)
                 if mine is None:
                     _insert(database, entry)
+                    self.revision += 1
                     added += 1
                 elif mine != entry:
                     raise ConfigurationError(

@@ -41,9 +41,12 @@ class Mechanism(ABC):
 
     Args:
         delta: The probability, below 1 / n, with which the guarantee may fail; 0 for a pure one.
-        max_epsilon: No release is made that would bring the ledger's total beyond it; None for no limit.
+        max_epsilon: No release is made that would bring the ledger's total beyond it; None for no limit but
+            a target that the mechanism may have.
         on_exhausted: What then: ``"stop"`` ends training; ``"local"`` goes on without exchanging, and
             marks what it trains as tainted.
+        public_validation: Whether validation data are public, so that what is released when may follow
+            their metrics: early stopping and, at the level of records, schedules.
         exact: Draw noise with exact discrete samplers, which have no floating-point leak and are slower.
     """
 
@@ -56,6 +59,7 @@ class Mechanism(ABC):
     delta: float = 0.0
     max_epsilon: float | None = None
     on_exhausted: Exhausted = "stop"
+    public_validation: bool = False
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +67,9 @@ class Mechanism(ABC):
             raise ConfigurationError(f"delta={self.delta!r} must be in [0, 1), e.g. delta=1e-5")
         if self.max_epsilon is not None:
             require_positive("max_epsilon", self.max_epsilon)
+        for name in ("public_validation", "exact"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.on_exhausted not in ("stop", "local"):
             raise ConfigurationError(f"on_exhausted={self.on_exhausted!r} must be 'stop' or 'local'")
 

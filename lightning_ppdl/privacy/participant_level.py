@@ -12,7 +12,7 @@ from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.privacy.events import GaussianRound
 from lightning_ppdl.privacy.mechanism import Mechanism, Plan
 from lightning_ppdl.privacy.noise import NoiseSource
-from lightning_ppdl.privacy.release import PlainRelease, Release, Released, clamped, require_finite
+from lightning_ppdl.privacy.release import PlainRelease, Release, Released, clamped, finite_or_zero
 from lightning_ppdl.privacy.samplers import Sampler, make_sampler, on_grid
 from lightning_ppdl.selection import RandomFraction, Selection
 from lightning_ppdl.validation import require_count, require_positive
@@ -21,7 +21,7 @@ from lightning_ppdl.validation import require_count, require_positive
 _A_HAIR_LESS = 1 - 2.0**-30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParticipantLevel(Mechanism):
     """Clips each round's update to an L2 norm of ``clip`` and adds Gaussian noise of standard deviation
     ``noise_multiplier * clip`` to every entry.
@@ -40,7 +40,8 @@ class ParticipantLevel(Mechanism):
 
     Args:
         noise_multiplier: sigma. Give either this or ``epsilon``.
-        epsilon: Target for all planned rounds together, at ``delta``; the noise is calibrated to it.
+        epsilon: Target for all planned rounds together, at ``delta``; the noise is calibrated to it. It is
+            the data set's budget too, unless ``max_epsilon`` says otherwise.
         delta: Above 0; the Gaussian mechanism has no pure guarantee.
         clip: C, in the parameters' units.
         rounds: To calibrate for; None takes those that training plans.
@@ -50,7 +51,7 @@ class ParticipantLevel(Mechanism):
     norm below clip     left as it is; the noise is the same
     fraction            1, or no selection, releases every entry; none is a ConfigurationError
     ties                cannot matter: the noise is continuous (exact: the lowest indices win)
-    NaN or infinity     NonFiniteUpdateError before any noise is drawn; nothing is charged
+    NaN or infinity     the update counts as zero: released as noise alone, charged, and warned of
     ==================  ==========================================================================
     """
 
@@ -96,7 +97,8 @@ class ParticipantLevel(Mechanism):
             return GaussianRound(noise_multiplier, self.clip, plan.size, self.exact)
 
         sigma = calibrate_noise(event, rounds, self.epsilon, self.delta)
-        return replace(self, noise_multiplier=sigma, epsilon=None)
+        budget = self.epsilon if self.max_epsilon is None else self.max_epsilon
+        return replace(self, noise_multiplier=sigma, epsilon=None, max_epsilon=budget)
 
     def event(self, plan: Plan) -> GaussianRound:
         return GaussianRound(self._settled(), self.clip, plan.size, self.exact)
@@ -127,7 +129,7 @@ class ParticipantLevelRelease(Release):
         self.bound = plain.bound
 
     def release(self, delta: Tensor, generator: torch.Generator) -> Released:
-        require_finite(delta)
+        delta = finite_or_zero(delta)
         if self._plain.selection.looks_at_data:
             noised = self._noised(delta)
             indices = self._plain.choose(noised, generator)

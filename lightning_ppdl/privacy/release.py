@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from lightning_ppdl.errors import ConfigurationError, NonFiniteUpdateError, Sele
 from lightning_ppdl.privacy.events import PrivacyEvent
 from lightning_ppdl.selection import Selection
 from lightning_ppdl.validation import require_positive
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,19 @@ def clamped(
     return Released(indices, bounded, float((bounded != values).float().mean()), event)
 
 
+def finite_or_zero(delta: Tensor) -> Tensor:
+    """``delta``, or zeros if an entry of it is NaN or infinite.
+
+    A mechanism must not fall silent for what is in the data: others would see that, at no cost in epsilon.
+    """
+    try:
+        require_finite(delta)
+    except NonFiniteUpdateError as error:
+        log.warning("%s; noise alone is released in its place", error)
+        return torch.zeros_like(delta)
+    return delta
+
+
 def require_finite(delta: Tensor) -> None:
     """Raise NonFiniteUpdateError where an entry of ``delta`` is NaN or infinite."""
     # One pass: a sum is finite only if its terms are. Sums of finite terms may overflow, so the
@@ -147,6 +163,6 @@ def require_finite(delta: Tensor) -> None:
     bad = int((~torch.isfinite(delta)).sum())
     raise NonFiniteUpdateError(
         f"{bad} of {delta.numel()} entries of the local update are NaN or infinite: local training "
-        f"diverged, nothing was uploaded. Lower the learning rate or clip gradients "
+        f"diverged, nothing of it was uploaded. Lower the learning rate or clip gradients "
         f"(Trainer(gradient_clip_val=...))"
     )

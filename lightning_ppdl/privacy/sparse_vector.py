@@ -14,7 +14,7 @@ from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.privacy.events import SparseVectorRound
 from lightning_ppdl.privacy.mechanism import Mechanism, Plan
 from lightning_ppdl.privacy.noise import Floats, NoiseSource
-from lightning_ppdl.privacy.release import Release, Released, clamped, require_finite
+from lightning_ppdl.privacy.release import Release, Released, clamped, finite_or_zero
 from lightning_ppdl.privacy.samplers import Sampler, make_sampler, on_grid
 from lightning_ppdl.selection import Selection, require_entries
 from lightning_ppdl.validation import require_fraction, require_not_negative, require_positive
@@ -100,7 +100,7 @@ class SparseVector(Mechanism):
     zero update         asked like any other: noise alone decides what is released
     fraction            1 may release every entry; one that allows none is a ConfigurationError
     ties                cannot matter: the noise is continuous (exact: a tie reaches the threshold)
-    NaN or infinity     NonFiniteUpdateError before any noise is drawn; nothing is charged
+    NaN or infinity     the update counts as zero: released and charged like any other, and warned of
     nothing reached     an empty release, charged in full
     ==================  ==========================================================================
 
@@ -180,7 +180,7 @@ class SparseVectorRelease(Release):
         self.bound = mechanism.truncate
 
     def release(self, delta: Tensor, generator: torch.Generator) -> Released:
-        require_finite(delta)
+        delta = finite_or_zero(delta)
         mechanism, sampler, size = self._mechanism, self._sampler, delta.numel()
         scales = mechanism.scales(size)
         event = mechanism.event(Plan(size))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.privacy.events import PrivateSteps, event_from_json
 from lightning_ppdl.privacy.noise import NoiseAhead, NoiseSource
 from lightning_ppdl.privacy.record.capture import Capture
 from lightning_ppdl.privacy.record.checks import EXAMPLES, Reduction, Trial, check_layers, check_loss
@@ -45,6 +46,7 @@ class PrivateTraining(pl.Callback):
 
     def __init__(self, mechanism: RecordLevel, noise: NoiseSource) -> None:
         self.mechanism = mechanism
+        self._asked = mechanism
         self.records: int | None = None
         """n, once the Trainer has asked for its train loader."""
         self.batch_size: int | None = None
@@ -59,7 +61,7 @@ class PrivateTraining(pl.Callback):
         self._gradient: NoisyGradient | None = None
         self._ahead: NoiseAhead | None = None
         self._examples: int | None = None
-        self._carried = 0
+        self._carried: list[PrivateSteps] = []
         self._epoch_begins = False
         self._local = False
 
@@ -77,7 +79,8 @@ class PrivateTraining(pl.Callback):
             )
         plain = require_plain_loader(loader)
         self.records, self.batch_size = len(plain.dataset), plain.batch_size  # type: ignore[arg-type]
-        rate = self.mechanism.rate(self.batch_size, self.records)
+        # What the user asked for: the rate of an earlier fit() belongs to another loader.
+        rate = self._asked.rate(self.batch_size, self.records)
         coins = self._noise.spawn("poisson", self._fits, trainer.global_step)
         self._loader = poisson_loader(plain, rate, coins, trainer.accumulate_grad_batches)
         rank_zero_info(
@@ -87,20 +90,29 @@ class PrivateTraining(pl.Callback):
         )
         return self._loader
 
-    def start(self, mechanism: RecordLevel, release: PrivateStepsRelease) -> None:
+    def start(self, mechanism: RecordLevel, release: PrivateStepsRelease) -> list[PrivateSteps]:
         """Begin: from here on steps are private, and counted by ``release``.
 
         Args:
             mechanism: Calibrated.
             release: Made by it.
+
+        Returns:
+            Steps of an earlier time that are in these parameters and in no ledger: to be paid for now, at
+            what they cost then.
         """
-        assert self.records is not None, "the Trainer has its train loader"
-        if self._release is not None:
-            self._carried += self._release.unrecorded
-        release.count_steps(self._carried)
-        self._carried = 0
+        assert self.records is not None and self._loader is not None, "the Trainer has its train loader"
+        sampler = self._loader.batch_sampler
+        assert isinstance(sampler, PoissonBatches)
+        if sampler.sampling_rate != release.step.sampling_rate:
+            raise ConfigurationError(
+                f"the train loader draws with rate {sampler.sampling_rate:.4g}, and it is accounted for "
+                f"with {release.step.sampling_rate:.4g}; begin with a new strategy"
+            )
+        carried, self._carried = self._unpaid(), []
         self.mechanism, self._release, self._local = mechanism, release, False
         self._make_engine()
+        return carried
 
     def go_local(self) -> None:
         """From here on train without clipping and noise; nothing of it may leave any more."""
@@ -210,12 +222,18 @@ class PrivateTraining(pl.Callback):
         self._stop()
 
     def state_dict(self) -> dict[str, Any]:
-        unrecorded = self._carried + (0 if self._release is None else self._release.unrecorded)
-        return {"unrecorded_steps": unrecorded}
+        return {"unpaid": [event.to_json() for event in self._unpaid()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Steps within a checkpoint are in what follows from it, whatever else was recorded since.
-        self._carried += state_dict["unrecorded_steps"]
+        for line in state_dict["unpaid"]:
+            event = event_from_json(line)
+            assert isinstance(event, PrivateSteps)
+            self._carried.append(event)
+
+    def _unpaid(self) -> list[PrivateSteps]:
+        latest = None if self._release is None else self._release.unpaid()
+        return [*self._carried, *([] if latest is None else [latest])]
 
     # ------------------------------------------------------------------------------------------------
 

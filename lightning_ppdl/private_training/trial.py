@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.randomness import numpy_generator
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), list, dict, set, tuple)
 
@@ -28,12 +29,13 @@ def trial_loss(
     Logged values are dropped; metrics, and plain attributes of the modules, are put back at the end.
 
     Yields:
-        How many examples there are to choose from, at most ``examples``, spread over the data set; and a
+        How many examples there are to choose from, at most ``examples``, drawn from the data set; and a
         function from positions among them to the loss.
     """
     dataset: Any = loader.dataset
     count = min(examples, len(dataset))
-    rows = [index * len(dataset) // count for index in range(count)]
+    # At random: records often stand in some order, and every n-th may be of one kind.
+    rows = numpy_generator(0, "trial", len(dataset)).permutation(len(dataset))[:count].tolist()
     fetched = None if hasattr(dataset, "__getitems__") else [dataset[row] for row in rows]
 
     def loss(positions: Sequence[int]) -> Tensor:

@@ -122,7 +122,7 @@ class Collaboration:
         if mechanism is None:
             return PrivacySummary("none", simulated=False, released_values=released)
         events = [ledger.events() for ledger in self._ledgers]
-        most = in_parallel(total(each, mechanism.delta) for each in events)
+        most = in_parallel(total(each, mechanism.delta, unit=mechanism.unit) for each in events)
         figures = [figure for event in events[0] if (figure := per_parameter_epsilon(event)) is not None]
         return PrivacySummary(
             mechanism=mechanism.name,

@@ -33,7 +33,7 @@ from lightning_ppdl.errors import (
 )
 from lightning_ppdl.privacy.accounting import total
 from lightning_ppdl.privacy.events import GaussianRound, PrivateSteps, SparseVectorRound
-from lightning_ppdl.privacy.ledger import Ledger
+from lightning_ppdl.privacy.ledger import Ledger, LedgerEntry
 from lightning_ppdl.privacy.mechanism import Mechanism
 from lightning_ppdl.privacy.noise import SeededNoise
 from lightning_ppdl.privacy.participant_level import ParticipantLevel
@@ -208,11 +208,11 @@ def test_a_release_that_was_paid_and_not_sent_is_sent_after_the_restart(url: str
     backend = Witness(url, ledger)
     backend.die_at = 2
     with pytest.raises(OSError, match="killed"):
-        fit(Tiny(), private(backend, SPARSE, ledger), epochs=3)
+        fit(Tiny(), private(backend, SPARSE, ledger, noise=None), epochs=3)
     ledger.close()
     ledger = Ledger(path)
     after = Witness(url, ledger)
-    done = fit(Tiny(), private(after, SPARSE, ledger), epochs=2)
+    done = fit(Tiny(), private(after, SPARSE, ledger, noise=None), epochs=2)
     # The bytes of the second round, then two new rounds; four paid in all.
     assert len(after.sent) == 3 and len(list(ledger.events())) == 4
     assert [report.round for report in rounds(done)] == [3, 4]
@@ -293,7 +293,101 @@ def test_a_checkpoint_holds_no_state_of_the_noise(url: str, privacy: Mechanism, 
     assert (tmp_path / "last.ckpt").exists()
 
 
+class TestRecordLevelStartsFromNothingNoiseless:
+    """What follows from training without noise is no post-processing of private steps."""
+
+    def test_a_module_that_another_mechanism_trained(self, url: str) -> None:
+        add_server(url)
+        module = Tiny()
+        fit(module, private(url, GAUSSIAN, Ledger(None)), epochs=1)
+        with pytest.raises(TaintedStateError, match="new module"):
+            fit(module, DSSGDStrategy(url, "berta", privacy=RECORD, ledger=Ledger(None)), epochs=1)
+
+    def test_a_checkpoint_of_another_mechanism(self, url: str, tmp_path: Path) -> None:
+        add_server(url)
+        done = fit(Tiny(), private(url, GAUSSIAN, ledger := Ledger(None)), epochs=1)
+        done.save_checkpoint(tmp_path / "gaussian.ckpt")
+        again = trainer(private(url, RECORD, ledger), epochs=2)
+        with pytest.raises(TaintedStateError, match="checkpoint"):
+            again.fit(Tiny(), loader(), ckpt_path=str(tmp_path / "gaussian.ckpt"))
+
+    def test_a_checkpoint_of_a_plain_trainer(self, url: str, tmp_path: Path) -> None:
+        add_server(url)
+        fit(Tiny()).save_checkpoint(tmp_path / "plain.ckpt")
+        again = trainer(private(url, RECORD, Ledger(None)), epochs=5)
+        with pytest.raises(TaintedStateError, match="checkpoint"):
+            again.fit(Tiny(), loader(), ckpt_path=str(tmp_path / "plain.ckpt"))
+
+    def test_its_own_checkpoint_is_welcome(self, url: str, tmp_path: Path) -> None:
+        add_server(url)
+        ledger = Ledger(None)
+        fit(Tiny(), private(url, RECORD, ledger), epochs=1).save_checkpoint(tmp_path / "own.ckpt")
+        again = trainer(private(url, RECORD, ledger), epochs=2)
+        again.fit(Tiny(), loader(), ckpt_path=str(tmp_path / "own.ckpt"))
+        assert [report.round for report in rounds(again)] == [2]
+
+    def test_parameters_that_stay_local_are_named(self, url: str) -> None:
+        add_server(url)
+        with pytest.warns(UserWarning, match=r"2 trainable parameters, 'head.weight' first"):
+            fit(Tiny(), private(url, RECORD, Ledger(None), share="backbone.*"), epochs=1)
+
+
+def test_a_budget_does_not_go_with_a_least_number_of_epochs(url: str) -> None:
+    add_server(url)
+    budgeted = SparseVector(epsilon=2.0, fraction=0.2, max_epsilon=2.0)
+    with pytest.raises(ConfigurationError, match="min_epochs=4"):
+        fit(Tiny(), private(url, budgeted, Ledger(None)), epochs=5, min_epochs=4)
+
+
+def test_two_participants_cannot_spend_out_of_one_ledger_at_once(url: str) -> None:
+    add_server(url)
+    ledger = Ledger(None)
+
+    class Nested(Tiny):
+        def on_train_epoch_end(self) -> None:
+            fit(Tiny(), DSSGDStrategy(url, "berta", privacy=SPARSE, ledger=ledger), epochs=1)
+
+    with pytest.raises(ConfigurationError, match="in use by participant 'anna'"):
+        fit(Nested(), private(url, SPARSE, ledger), epochs=1)
+    fit(Tiny(), DSSGDStrategy(url, "berta", privacy=SPARSE, ledger=ledger), epochs=1)
+
+
+def test_what_others_entered_in_the_ledger_counts_at_once(url: str) -> None:
+    add_server(url)
+    ledger, other = Ledger(None), Ledger(None)
+    other.record(LedgerEntry.new("elsewhere", "anna", 1, SparseVectorRound(5.0, 1, 1, 1.0, 1.0, "paper")))
+
+    class Merging(Tiny):
+        def on_train_epoch_end(self) -> None:
+            ledger.merge(other)
+
+    budgeted = SparseVector(epsilon=2.0, fraction=0.2, max_epsilon=8.0)
+    done = fit(Merging(), private(url, budgeted, ledger), epochs=5)
+    assert len(rounds(done)) == 1
+    assert total(ledger.events(), 0.0).epsilon == pytest.approx(7.0)
+
+
+def test_the_plan_knows_that_max_steps_ends_training_early(url: str) -> None:
+    add_server(url)
+    ledger = Ledger(None)
+    target = ParticipantLevel(epsilon=8.0, delta=1e-5, clip=1.0)
+    fit(Tiny(), private(url, target, ledger), epochs=1000, max_steps=2 * BATCHES)
+    assert 7.9 < total(ledger.events(), 1e-5).epsilon <= 8.0
+
+
 class TestRefusals:
+    def test_buffers_beside_private_steps(self, url: str) -> None:
+        with pytest.raises(ConfigurationError, match="share_buffers='mean'"):
+            private(url, RECORD, Ledger(None), share_buffers="mean")
+
+    def test_seeded_noise_beside_a_ledger_on_disk(self, url: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match="whoever knows its seed"):
+            private(url, RECORD, tmp_path / "anna.ledger")
+
+    def test_what_is_no_noise(self, url: str) -> None:
+        with pytest.raises(ConfigurationError, match="noise='os'"):
+            private(url, RECORD, Ledger(None), noise="os")
+
     def test_a_mechanism_without_a_ledger(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("PPDL_LEDGER", raising=False)
         with pytest.raises(ConfigurationError, match=r"ledger is missing.*PPDL_LEDGER"):
@@ -323,8 +417,8 @@ def test_the_strategy_can_be_made_again_from_its_ledgers_path(url: str, tmp_path
     path = tmp_path / "anna.ledger"
     before = flat(Tiny())
     module = Tiny()
-    fit(module, private(url, SPARSE, path), epochs=1)
-    fit(copy.deepcopy(module), private(url, SPARSE, path), epochs=1)
+    fit(module, private(url, SPARSE, path, noise=None), epochs=1)
+    fit(copy.deepcopy(module), private(url, SPARSE, path, noise=None), epochs=1)
     with Ledger(path) as ledger:
         assert len(list(ledger.events())) == 2
     assert not torch.equal(before, flat(module))

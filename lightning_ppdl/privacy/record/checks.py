@@ -22,7 +22,7 @@ from lightning_ppdl.privacy.record.gradients import PerExample
 
 Reduction = Literal["mean", "sum"]
 
-EXAMPLES = 8
+EXAMPLES = 24
 """How many examples the tests of a loss take, if there are as many."""
 _ALONE = 2
 

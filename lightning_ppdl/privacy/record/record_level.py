@@ -30,20 +30,20 @@ class RecordLevel(Mechanism):
 
     Assumptions: the records are all that the training depends on; n, q, sigma, C, the number of steps and
     the learning rate are public; one person is one record (who has k of them is protected k times less,
-    and delta suffers more); the coins stay secret; the loss of an example depends on no other example,
-    which is tested before training, and nor do normalisation statistics, class weights, vocabularies or
-    tuned settings, which cannot be tested. Replacement of a record costs more than its absence. Randomness
-    inside the module (dropout) must be secret too.
+    and delta suffers more); the coins stay secret, and so does randomness inside the module (dropout); what
+    trains or stays fixed starts from public values. The loss of an example must depend on no other example:
+    that is tested on a few records before training, so a coupling that shows later, or for rare labels only,
+    is not found. Nor may normalisation statistics, class weights, vocabularies or tuned settings come from
+    the data, which cannot be tested. Replacement of a record costs more than its absence.
 
     Args:
         noise_multiplier: sigma. Give this or ``epsilon``.
-        epsilon: Target for the whole run at ``delta``; the noise is found before training.
+        epsilon: Target for the whole run at ``delta``; the noise is found before training. It is the data
+            set's budget too, unless ``max_epsilon`` says otherwise.
         clip: C: the L2 norm to which each record's gradient, over all trainable parameters, is clipped.
         sampling_rate: q in (0, 1]; None for the train loader's batch size / n. An epoch is ``round(1 / q)``
             steps.
         steps: Optimizer steps that ``epsilon`` is for; None for what the Trainer plans.
-        public_validation: Whether validation data are public, so that schedules and early stopping may
-            follow their metrics.
 
     ==========================================  ======================================================
     nobody was drawn                            the step is made of noise alone
@@ -66,7 +66,6 @@ class RecordLevel(Mechanism):
     clip: float = 1.0
     sampling_rate: float | None = None
     steps: int | None = None
-    public_validation: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +131,10 @@ class RecordLevel(Mechanism):
             return PrivateSteps(noise_multiplier, rate, self.clip, steps=1)
 
         found = calibrate_noise(make_event, steps, self.epsilon, self.delta)
-        return replace(self, noise_multiplier=found, epsilon=None, sampling_rate=rate, steps=steps)
+        budget = self.epsilon if self.max_epsilon is None else self.max_epsilon
+        return replace(
+            self, noise_multiplier=found, epsilon=None, sampling_rate=rate, steps=steps, max_epsilon=budget
+        )
 
     def event(self, plan: Plan) -> PrivateSteps:
         return self._event(self.rate(plan.batch_size, plan.records))
