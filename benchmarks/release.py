@@ -29,7 +29,7 @@ def releases(fraction: float) -> dict[str, Release]:
             made[f"sparse vector, {variant}, epsilon {epsilon:g}"] = mechanism.make_release(
                 None, None, SecretNoise()
             )
-    gaussian = ParticipantLevel(1.0, delta=1e-5)
+    gaussian = ParticipantLevel(noise_multiplier=1.0, delta=1e-5)
     selections: dict[str, Selection | None] = {
         "largest values": LargestValues(fraction),
         "random fraction": RandomFraction(fraction),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -193,6 +194,7 @@ def _rdp_of(noise_multiplier: float, sampling_rate: float, orders: tuple[float, 
 @lru_cache(maxsize=1)
 def _dp_accounting() -> Any:
     try:
+        import absl.logging
         import dp_accounting
         import dp_accounting.pld.common
         import dp_accounting.pld.privacy_loss_distribution
@@ -203,4 +205,7 @@ def _dp_accounting() -> Any:
         ) from error
     # Its advice on the choice of orders is for its own users. Not before the import: absl makes the logger.
     logging.getLogger("absl").addFilter(lambda record: "dp_accounting" not in record.pathname)
+    # Whoever configures logging later (Hydra does) has absl close its stream, unless it is this one: a
+    # redirected sys.stderr (a test's, a notebook's) would be closed under its owner's feet.
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
     return dp_accounting

@@ -324,3 +324,19 @@ def test_exact_gaussian_noise_is_accounted_for_by_what_is_proved_of_it() -> None
     assert (continuous.method, exact.method) == ("PLD", "RDP")
     assert continuous.epsilon < exact.epsilon < 1.2 * continuous.epsilon
     assert total([GaussianRound(2.0, 1.0, 10), GaussianRound(2.0, 1.0, 10, exact=True)], 1e-5).method == "RDP"
+
+
+def test_accounting_leaves_a_redirected_stderr_open() -> None:
+    """Logging that is configured later closes the handlers there are, and with them what absl writes to."""
+    code = (
+        "import io, logging.config, sys\n"
+        "sys.stderr = redirected = io.StringIO()\n"
+        "from lightning_ppdl.privacy.accounting import total\n"
+        "from lightning_ppdl.privacy.events import GaussianRound\n"
+        "total([GaussianRound(1.0, 1.0, 1)], 1e-5)\n"
+        "sys.stderr = sys.__stderr__\n"
+        "logging.config.dictConfig({'version': 1})\n"
+        "print(redirected.closed)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "False", ran.stderr
