@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar, Literal
 
 from lightning_ppdl.errors import ConfigurationError
@@ -63,13 +64,15 @@ class Mechanism(ABC):
     exact: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.delta, int | float) or not 0 <= self.delta < 1:
-            raise ConfigurationError(f"delta={self.delta!r} must be in [0, 1), e.g. delta=1e-5")
+        delta = self.delta
+        if isinstance(delta, bool) or not isinstance(delta, Real) or not 0 <= delta < 1:
+            raise ConfigurationError(f"delta={delta!r} must be a number in [0, 1), e.g. delta=1e-5")
         if self.max_epsilon is not None:
             require_positive("max_epsilon", self.max_epsilon)
         for name in ("public_validation", "exact"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigurationError(f"{name}={getattr(self, name)!r} must be True or False")
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigurationError(f"{name}={value!r} must be True or False, e.g. {name}=False")
         if self.on_exhausted not in ("stop", "local"):
             raise ConfigurationError(f"on_exhausted={self.on_exhausted!r} must be 'stop' or 'local'")
 

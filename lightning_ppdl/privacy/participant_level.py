@@ -68,7 +68,8 @@ class ParticipantLevel(Mechanism):
         if (self.noise_multiplier is None) == (self.epsilon is None):
             raise ConfigurationError(
                 f"noise_multiplier={self.noise_multiplier!r}, epsilon={self.epsilon!r}: give exactly one of "
-                f"them; from epsilon the noise is calibrated"
+                f"them, and set the other to None (null on the command line); from epsilon the noise is "
+                f"calibrated"
             )
         for name in ("noise_multiplier", "epsilon"):
             if getattr(self, name) is not None:

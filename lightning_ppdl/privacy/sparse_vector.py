@@ -126,7 +126,7 @@ class SparseVector(Mechanism):
         require_fraction("fraction", self.fraction)
         require_positive("bound", self.bound)
         require_not_negative("threshold", self.threshold)
-        if self.variant not in VARIANTS:
+        if not isinstance(self.variant, str) or self.variant not in VARIANTS:
             raise ConfigurationError(f"variant={self.variant!r} must be one of {sorted(VARIANTS)}")
         if require_fraction("value_share", self.value_share) == 1:
             raise ConfigurationError("value_share=1 leaves nothing to choose entries with; use e.g. 0.5")

@@ -24,6 +24,7 @@ from lightning_ppdl.privacy.record.checks import EXAMPLES, Reduction, Trial, che
 from lightning_ppdl.privacy.record.clipping import ClippedSum, NoisyGradient
 from lightning_ppdl.privacy.record.poisson import PoissonBatches, poisson_loader, require_plain_loader
 from lightning_ppdl.privacy.record.record_level import PrivateStepsRelease, RecordLevel
+from lightning_ppdl.private_training.buffers import ConstantBuffers
 from lightning_ppdl.private_training.conditions import check_start, check_trainer
 from lightning_ppdl.private_training.trial import trial_loss
 
@@ -38,6 +39,10 @@ class PrivateTraining(pl.Callback):
     Per step: the Poisson sample of the step's batches, :meth:`Capture.begin`, the user's training step and
     backward, the clipped sum (``on_after_backward``), and when all parts of the sample are in, the noise
     (``on_before_optimizer_step``). ``gradient_clip_val`` acts after that, on what is private already.
+
+    Every ``fit()`` begins with the tests of the loss, and from its first batch on no buffer may change: that
+    is looked at twice a step, and by value once an epoch. What writes data into buffers before, or between
+    two ``fit()``, is not seen.
 
     Args:
         mechanism: What the user asked for, calibrated or not.
@@ -60,6 +65,7 @@ class PrivateTraining(pl.Callback):
         self._clipped: ClippedSum | None = None
         self._gradient: NoisyGradient | None = None
         self._ahead: NoiseAhead | None = None
+        self._buffers: ConstantBuffers | None = None
         self._examples: int | None = None
         self._carried: list[PrivateSteps] = []
         self._epoch_begins = False
@@ -162,6 +168,7 @@ class PrivateTraining(pl.Callback):
         """Check all that can be checked: nothing has left yet."""
         self._fits += 1
         self._steps_before = trainer.global_step
+        self._buffers = None
         check_layers(pl_module)
         self._renew_capture(pl_module)
         assert self._capture is not None
@@ -182,6 +189,10 @@ class PrivateTraining(pl.Callback):
         if self._epoch_begins and not self._local:
             self._begin_epoch(pl_module)
         self._epoch_begins = False
+        # Not before: the module's own on_train_start, and the tests of its loss, may write to buffers.
+        if self._buffers is None:
+            self._buffers = ConstantBuffers(pl_module)
+        self._check_buffers()
         assert self._loader is not None
         sampler = self._loader.batch_sampler
         assert isinstance(sampler, PoissonBatches)
@@ -200,6 +211,7 @@ class PrivateTraining(pl.Callback):
     ) -> None:
         if self._local:
             return
+        self._check_buffers()
         assert self._clipped is not None and self._gradient is not None and self._release is not None
         covered = set(self._engine().parameters.values())
         for group in optimizer.param_groups:
@@ -212,6 +224,17 @@ class PrivateTraining(pl.Callback):
         self._release.count_steps()
         self._gradient.write(self._clipped)
         self._clipped.reset()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.is_last_batch:
+            self._check_buffers(by_value=True)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -245,6 +268,10 @@ class PrivateTraining(pl.Callback):
             self._make_engine()
         assert self._clipped is not None
         self._clipped.reset()
+
+    def _check_buffers(self, by_value: bool = False) -> None:
+        if self._buffers is not None and not self._local:
+            self._buffers.require_unchanged(by_value)
 
     def _engine(self) -> Capture:
         if self._capture is None or self._release is None:
@@ -280,7 +307,7 @@ class PrivateTraining(pl.Callback):
             self._ahead.close()
         if self._capture is not None:
             self._capture.remove()
-        self._ahead = self._capture = self._clipped = self._gradient = None
+        self._ahead = self._capture = self._clipped = self._gradient = self._buffers = None
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -85,6 +85,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, public_valida
 def check_start(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter], public_validation: bool) -> None:
     """Refuse optimizers that private steps do not reach, and what follows private metrics without noise.
 
+    That ``ckpt_path`` is the best by a private metric is known only while the ModelCheckpoint that chose it
+    is among the Trainer's callbacks; in another Trainer it looks like any other file.
+
     Args:
         trained: What gets private gradients.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from scipy import stats
 from strategy_harness import Tiny, add_server, loader, trainer, url
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_ppdl import DSSGDStrategy, LargestValues, ServerOptimizer
@@ -33,6 +35,7 @@ from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.privacy.events import PrivateSteps
 from lightning_ppdl.privacy.ledger import Ledger
 from lightning_ppdl.privacy.noise import SeededNoise
+from lightning_ppdl.privacy.record.checks import EXAMPLES
 from lightning_ppdl.privacy.record.record_level import RecordLevel
 from lightning_ppdl.private_training import PrivateTraining
 
@@ -238,7 +241,7 @@ def test_an_empty_sample_makes_a_step_of_noise_alone(url: str, tmp_path: Path) -
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*None.*")
         made = fit(module, strategy, data(60), epochs=1)
-    checked = 10  # training steps of the checks before training
+    checked = EXAMPLES + 3  # training steps of the checks before training
     assert len(made.optimizers[0].seen) == 200  # type: ignore[attr-defined]
     assert len(module.trained) - checked < 100
     assert spent(tmp_path) == [200]
@@ -473,6 +476,99 @@ def test_modules_that_would_void_the_guarantee_are_refused(case: str, url: str, 
     assert strategy._callback.reports == []
 
 
+class Watched(Recording):
+    """Writes to a buffer at one place, in the third step: the tests before training see nothing of it."""
+
+    mean: Tensor
+
+    def __init__(self, place: str, write: Callable[[Any, Tensor], None]) -> None:
+        super().__init__()
+        self.place, self.write = place, write
+        self.register_buffer("mean", torch.zeros(CLASSES))
+
+    def at(self, place: str, batch: Any) -> None:
+        if place == self.place and self.trainer.fit_loop.epoch_loop.batch_idx == 2:
+            self.write(self, batch[0].mean(0))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.at("start", batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.at("step", batch)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.at("end", batch)
+
+
+WRITES: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "in place": (lambda module, mean: module.mean.copy_(mean), "mean"),
+    "replaced": (lambda module, mean: setattr(module, "mean", mean), "mean"),
+    "new": (lambda module, mean: module.network.register_buffer("seen", mean), "network.seen"),
+}
+
+
+@pytest.mark.parametrize("place", ["start", "step", "end"])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_buffer_that_data_reach_later_stops_training(
+    place: str, write: str, url: str, tmp_path: Path
+) -> None:
+    change, name = WRITES[write]
+    with pytest.raises(ConfigurationError, match=f"changed the buffer '{name}'"):
+        fit(Watched(place, change), private(url, tmp_path), epochs=1)
+    # No step was made with it; those before are paid for.
+    assert spent(tmp_path) == [3 if place == "end" else 2]
+
+
+def test_a_buffer_written_behind_the_back_of_autograd_stops_the_round(url: str, tmp_path: Path) -> None:
+    module, strategy = Watched("step", lambda m, mean: m.mean.data.copy_(mean)), private(url, tmp_path)
+    with pytest.raises(ConfigurationError, match="changed the buffer 'mean'"):
+        fit(module, strategy, epochs=1)
+    assert strategy._callback.reports == []
+
+
+class Counting(Metric):
+    """A metric that keeps what it counts in a buffer."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def update(self, value: Tensor) -> None:
+        self.seen += 1
+
+    def compute(self) -> Tensor:
+        return self.seen
+
+
+class Harmless(Watched):
+    """Sets a buffer before training, writes the same values again, and measures."""
+
+    def __init__(self) -> None:
+        super().__init__("step", lambda module, mean: module.rewrite())
+        self.accuracy, self.counting = MulticlassAccuracy(CLASSES), Counting()
+
+    def rewrite(self) -> None:
+        self.mean.copy_(torch.ones(CLASSES))
+        self.mean = self.mean.clone()
+
+    def on_train_start(self) -> None:
+        self.mean.fill_(1.0)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.counting.update(batch[0])
+        self.log("accuracy", self.accuracy(self.network(batch[0]), batch[1]))
+
+
+def test_buffers_set_before_training_and_those_of_metrics_are_left_alone(url: str, tmp_path: Path) -> None:
+    module = Harmless()
+    fit(module, private(url, tmp_path), validation=data(16, 8), epochs=2, val_check_interval=5)
+    assert spent(tmp_path) == [10, 10]
+    assert module.counting.seen > 0
+
+
 TRAINERS: dict[str, tuple[dict[str, Any], str]] = {
     "overfit": ({"overfit_batches": 2}, "overfit_batches=2"),
     "reload": ({"reload_dataloaders_every_n_epochs": 1}, "reload_dataloaders"),
@@ -653,8 +749,8 @@ def test_the_mechanism_is_checked_when_it_is_made() -> None:
     RecordLevel(**good)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"noise_multiplier": 0.0}, "noise_multiplier"),
-        ({"noise_multiplier": None}, "give one of the two"),
-        ({"epsilon": 1.0}, "give one of the two"),
+        ({"noise_multiplier": None}, "exactly one of them.*null"),
+        ({"epsilon": 1.0}, "exactly one of them.*null"),
         ({"delta": 0.0}, "delta"),
         ({"clip": 0.0}, "clip"),
         ({"sampling_rate": 1.5}, "sampling_rate"),
@@ -664,6 +760,23 @@ def test_the_mechanism_is_checked_when_it_is_made() -> None:
     for bad, name in cases:
         with pytest.raises(ConfigurationError, match=name):
             RecordLevel(**{**good, **bad})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "1.0", "nan", True, False, []])
+@pytest.mark.parametrize(
+    "name", ["noise_multiplier", "epsilon", "delta", "max_epsilon", "clip", "sampling_rate", "steps"]
+)
+def test_no_number_is_read_into_what_is_none(name: str, value: Any) -> None:
+    given: dict[str, Any] = {} if name == "epsilon" else {"noise_multiplier": 1.0}
+    with pytest.raises(ConfigurationError, match=re.escape(f"{name}={value!r}")):
+        RecordLevel(**{**given, "delta": 1e-5, name: value})
+
+
+@pytest.mark.parametrize("value", ["false", "False", 0, 1, None])
+@pytest.mark.parametrize("name", ["public_validation", "exact"])
+def test_a_switch_is_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(f"{name}={value!r} must be True or False")):
+        RecordLevel(**{"noise_multiplier": 1.0, "delta": 1e-5, name: value})
 
 
 def test_a_delta_too_large_for_the_data_is_warned_of(url: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from auditing import Floats, fits
 from scipy import stats
 from torch import Tensor
 
-from lightning_ppdl.errors import ConfigurationError, NonFiniteUpdateError
+from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.privacy.events import GaussianRound
 from lightning_ppdl.privacy.mechanism import Plan
 from lightning_ppdl.privacy.noise import NoiseSource, SecretNoise, SeededNoise
@@ -52,7 +53,7 @@ def noise_in(released: Released, signal: Tensor) -> Floats:
 def test_noise_of_sigma_times_clip_goes_onto_the_clipped_update(
     norm: float, left: float, exact: bool
 ) -> None:
-    mechanism = ParticipantLevel(0.7, delta=1e-5, clip=0.5, exact=exact)
+    mechanism = ParticipantLevel(noise_multiplier=0.7, delta=1e-5, clip=0.5, exact=exact)
     delta = update(norm or 1.0) * (norm > 0)
     released = released_by(mechanism, delta, noise=SecretNoise() if exact else None)
     assert released.indices.tolist() == list(range(SIZE))
@@ -66,15 +67,17 @@ def test_noise_of_sigma_times_clip_goes_onto_the_clipped_update(
 def test_the_norm_of_what_is_noised_never_exceeds_the_clip() -> None:
     """With hardly any noise what is released is the clipped update; its direction is kept."""
     delta = update(80.0)
-    released = released_by(ParticipantLevel(1e-9, delta=1e-5, clip=0.5), delta)
+    released = released_by(ParticipantLevel(noise_multiplier=1e-9, delta=1e-5, clip=0.5), delta)
     assert float(released.values.double().norm()) == pytest.approx(0.5, rel=1e-6)
     assert float(torch.nn.functional.cosine_similarity(released.values, delta, dim=0)) > 0.999999
-    exact = released_by(ParticipantLevel(1e-6, delta=1e-5, clip=0.5, exact=True), delta, noise=SecretNoise())
+    exact = released_by(
+        ParticipantLevel(noise_multiplier=1e-6, delta=1e-5, clip=0.5, exact=True), delta, noise=SecretNoise()
+    )
     assert float(exact.values.double().norm()) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_a_mask_comes_first_and_its_entries_alone_are_clipped_and_noised() -> None:
-    mechanism = ParticipantLevel(0.7, delta=1e-5, clip=0.5)
+    mechanism = ParticipantLevel(noise_multiplier=0.7, delta=1e-5, clip=0.5)
     delta = update(1.0)
     released = released_by(mechanism, delta, RandomFraction(0.25))
     mask = RandomFraction(0.25).select(torch.zeros(SIZE), generator())
@@ -83,13 +86,15 @@ def test_a_mask_comes_first_and_its_entries_alone_are_clipped_and_noised() -> No
     signal = delta * min(1.0, 0.5 / float(delta[mask].norm()))
     assert fits(noise_in(released, signal), stats.norm, 0.35)
     assert released.event == GaussianRound(0.7, 0.5, SIZE // 4)
-    few_noise = released_by(ParticipantLevel(1e-9, delta=1e-5, clip=0.5), delta, RandomFraction(0.25))
+    few_noise = released_by(
+        ParticipantLevel(noise_multiplier=1e-9, delta=1e-5, clip=0.5), delta, RandomFraction(0.25)
+    )
     assert float(few_noise.values.norm()) == pytest.approx(min(0.5, float(delta[mask].norm())), rel=1e-5)
 
 
 def test_a_selection_by_size_is_made_after_the_noise() -> None:
     """All of the signal is in one half, and is nothing beside the noise: then both halves are as likely."""
-    mechanism = ParticipantLevel(100.0, delta=1e-5, clip=0.5)
+    mechanism = ParticipantLevel(noise_multiplier=100.0, delta=1e-5, clip=0.5)
     delta = update(1.0) * (torch.arange(SIZE) < SIZE // 2)
     released = released_by(mechanism, delta, LargestValues(0.1))
     share = float((released.indices < SIZE // 2).float().mean())
@@ -100,7 +105,9 @@ def test_a_selection_by_size_is_made_after_the_noise() -> None:
     assert released.indices.tolist() == largest.tolist()
     assert released.values.tolist() == everything.values[largest].tolist()
     # And with little noise the signal decides.
-    released = released_by(ParticipantLevel(1e-9, delta=1e-5, clip=0.5), delta, LargestValues(0.1))
+    released = released_by(
+        ParticipantLevel(noise_multiplier=1e-9, delta=1e-5, clip=0.5), delta, LargestValues(0.1)
+    )
     assert int(released.indices.max()) < SIZE // 2
 
 
@@ -113,12 +120,14 @@ class _SaysItDoesNotLook(Selection):
 
 
 def test_a_selection_that_claims_not_to_look_is_shown_nothing() -> None:
-    released = released_by(ParticipantLevel(1.0, delta=1e-5), update(1.0), _SaysItDoesNotLook())
+    released = released_by(
+        ParticipantLevel(noise_multiplier=1.0, delta=1e-5), update(1.0), _SaysItDoesNotLook()
+    )
     assert len(released.indices) == 0 and released.event == GaussianRound(1.0, 1.0, 0)
 
 
 def test_a_bound_comes_last() -> None:
-    mechanism = ParticipantLevel(1.0, delta=1e-5, clip=0.5)
+    mechanism = ParticipantLevel(noise_multiplier=1.0, delta=1e-5, clip=0.5)
     released = released_by(mechanism, update(1.0), bound=0.25)
     assert float(released.values.abs().max()) == 0.25
     free = released_by(mechanism, update(1.0))
@@ -153,7 +162,7 @@ def test_noise_is_calibrated_to_the_planned_rounds() -> None:
     ("arguments", "message"),
     [
         ({"delta": 1e-5}, "noise_multiplier=None, epsilon=None"),
-        ({"noise_multiplier": 1.0, "epsilon": 1.0, "delta": 1e-5}, "exactly one"),
+        ({"noise_multiplier": 1.0, "epsilon": 1.0, "delta": 1e-5}, "exactly one of them.*null"),
         ({"noise_multiplier": 1.0}, "delta=0"),
         ({"noise_multiplier": 0.0, "delta": 1e-5}, r"noise_multiplier=0\.0"),
         ({"epsilon": -1.0, "delta": 1e-5}, r"epsilon=-1\.0"),
@@ -166,15 +175,39 @@ def test_settings_that_cannot_work_are_named(arguments: dict[str, Any], message:
         ParticipantLevel(**arguments)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "1.0", "nan", True, False, []])
+@pytest.mark.parametrize("name", ["noise_multiplier", "epsilon", "delta", "max_epsilon", "clip", "rounds"])
+def test_no_number_is_read_into_what_is_none(name: str, value: Any) -> None:
+    given: dict[str, Any] = {} if name == "epsilon" else {"noise_multiplier": 1.0}
+    with pytest.raises(ConfigurationError, match=re.escape(f"{name}={value!r}")):
+        ParticipantLevel(**{**given, "delta": 1e-5, name: value})
+
+
+@pytest.mark.parametrize("value", ["false", "False", 0, 1, None])
+@pytest.mark.parametrize("name", ["public_validation", "exact"])
+def test_a_switch_is_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(f"{name}={value!r} must be True or False")):
+        ParticipantLevel(**{"noise_multiplier": 1.0, "delta": 1e-5, name: value})
+
+
+def test_a_lone_number_is_not_taken_for_the_noise() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        ParticipantLevel(8.0, delta=1e-5)  # type: ignore[misc]
+
+
 def test_what_cannot_be_released_is_refused() -> None:
-    mechanism, noise = ParticipantLevel(1.0, delta=1e-5), SeededNoise(0, simulated=True)
-    with pytest.raises(NonFiniteUpdateError):
-        released_by(mechanism, torch.tensor([float("nan"), 1.0]), noise=noise)
-    assert np.array_equal(noise.gaussian(3), SeededNoise(0, simulated=True).gaussian(3))
+    mechanism, noise = ParticipantLevel(noise_multiplier=1.0, delta=1e-5), SeededNoise(0, simulated=True)
     with pytest.raises(ConfigurationError, match=r"fraction=0\.1 of 9"):
         mechanism.make_release(RandomFraction(0.1), None, noise).max_fraction(9)
     with pytest.raises(ConfigurationError, match="seeded"):
-        ParticipantLevel(1.0, delta=1e-5, exact=True).make_release(None, None, noise)
+        ParticipantLevel(noise_multiplier=1.0, delta=1e-5, exact=True).make_release(None, None, noise)
+
+
+def test_a_diverged_update_is_released_as_noise_and_charged() -> None:
+    mechanism = ParticipantLevel(noise_multiplier=1.0, delta=1e-5)
+    diverged = released_by(mechanism, torch.tensor([float("nan"), 1.0]))
+    nothing = released_by(mechanism, torch.zeros(2))
+    assert torch.equal(diverged.values, nothing.values) and diverged.event is not None
 
 
 def test_random_fraction_is_uniform_and_ignores_the_update() -> None:

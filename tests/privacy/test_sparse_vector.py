@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 from sparse_vector_twin import Draws, Twin, draw
 
-from lightning_ppdl.errors import ConfigurationError, NonFiniteUpdateError
+from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.privacy.events import SparseVectorRound
 from lightning_ppdl.privacy.mechanism import Plan
 from lightning_ppdl.privacy.noise import NoiseSource, SecretNoise, SeededNoise
@@ -253,11 +254,15 @@ def test_a_zero_update_is_asked_and_charged_like_any_other(variant: str) -> None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_diverged_update_is_refused_before_any_noise(bad: float) -> None:
-    noise = SeededNoise(0, simulated=True)
-    with pytest.raises(NonFiniteUpdateError, match="1 of 2 entries"):
-        release_of(SparseVector(1.0, fraction=1.0), noise).release(torch.tensor([bad, 1.0]), generator())
-    assert np.array_equal(noise.laplace(3), SeededNoise(0, simulated=True).laplace(3))
+def test_a_diverged_update_is_released_as_noise_and_charged(bad: float) -> None:
+    """Silence would tell others what is in the data, at no cost."""
+    mechanism = SparseVector(1.0, fraction=1.0)
+    diverged = release_of(mechanism, SeededNoise(0, simulated=True)).release(
+        torch.tensor([bad, 1.0]), generator()
+    )
+    nothing = release_of(mechanism, SeededNoise(0, simulated=True)).release(torch.zeros(2), generator())
+    assert torch.equal(diverged.indices, nothing.indices) and torch.equal(diverged.values, nothing.values)
+    assert diverged.event == mechanism.event(Plan(2))
 
 
 def test_truncation_counts_what_it_changed() -> None:
@@ -305,11 +310,21 @@ def test_the_exact_sampler_makes_the_same_noise() -> None:
         ({"epsilon": 1.0, "value_share": 1.0}, "value_share=1"),
         ({"epsilon": 1.0, "truncate": False}, "truncate=False"),
         ({"epsilon": 1.0, "delta": 1.0}, "delta=1.0"),
+        ({"epsilon": 1.0, "variant": []}, r"variant=\[\] .*paper.*standard"),
     ],
 )
 def test_settings_that_cannot_work_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         SparseVector(**arguments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "1.0", "nan", True, False, []])
+@pytest.mark.parametrize(
+    "name", ["epsilon", "fraction", "bound", "threshold", "value_share", "truncate", "delta", "max_epsilon"]
+)
+def test_no_number_is_read_into_what_is_none(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=re.escape(f"{name}={value!r}")):
+        SparseVector(**{"epsilon": 1.0, name: value})
 
 
 def test_what_it_does_not_go_with_is_refused() -> None:

@@ -23,7 +23,7 @@ from lightning_ppdl.privacy.record.gradients import PerExample
 Reduction = Literal["mean", "sum"]
 
 EXAMPLES = 24
-"""How many examples the tests of a loss take, if there are as many."""
+"""How many examples the tests of a loss take, if there are as many: a rare kind is seldom among them."""
 _ALONE = 2
 
 
@@ -79,6 +79,10 @@ def check_loss(capture: Capture, trial: Trial) -> Reduction:
     """Run a few training steps, without taking them, and refuse what makes gradients not private.
 
     Module, parameters, gradients, buffers and random generators are left as they were.
+
+    A test and no proof: it sees ``trial.examples`` examples, now. It does not see a loss that couples only
+    from a later step on, or only for kinds of examples that are not among them: a mean over what remains
+    without ``ignore_index`` is a mean over the batch as long as no label is ignored.
 
     Returns:
         Whether the loss is the mean or the sum over the batch.
@@ -168,7 +172,8 @@ def _require_unchanged(before: Tensor, after: Tensor, tolerance: float) -> None:
             "an example's gradient changed when only the other examples of its batch were exchanged: the "
             "loss or the network couples examples (a contrastive loss, mixup, statistics or weights over the "
             "batch, a mean over tokens of all examples), so clipping bounds nobody's influence. Make the "
-            "loss the mean or the sum of losses of single examples"
+            "loss the mean or the sum of losses of single examples. (Only a few records were tried: look "
+            "yourself for what couples others, such as those with rare labels)"
         )
 
 

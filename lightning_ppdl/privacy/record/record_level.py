@@ -32,9 +32,11 @@ class RecordLevel(Mechanism):
     the learning rate are public; one person is one record (who has k of them is protected k times less,
     and delta suffers more); the coins stay secret, and so does randomness inside the module (dropout); what
     trains or stays fixed starts from public values. The loss of an example must depend on no other example:
-    that is tested on a few records before training, so a coupling that shows later, or for rare labels only,
-    is not found. Nor may normalisation statistics, class weights, vocabularies or tuned settings come from
-    the data, which cannot be tested. Replacement of a record costs more than its absence.
+    that is tested on up to 24 records at the start of every fit(), so a loss that couples only from a later
+    step on, or only for labels that none of those has (such as an ignore_index), is not found. No buffer may
+    change from the first batch on, which is watched. Nor may normalisation statistics, class weights,
+    vocabularies or tuned settings come from the data, which cannot be tested. Replacement of a record costs
+    more than its absence.
 
     Args:
         noise_multiplier: sigma. Give this or ``epsilon``.
@@ -72,8 +74,8 @@ class RecordLevel(Mechanism):
         require_positive("clip", self.clip)
         if (self.noise_multiplier is None) == (self.epsilon is None):
             raise ConfigurationError(
-                f"noise_multiplier={self.noise_multiplier!r} and epsilon={self.epsilon!r}: give one of the "
-                f"two, e.g. epsilon=8"
+                f"noise_multiplier={self.noise_multiplier!r}, epsilon={self.epsilon!r}: give exactly one of "
+                f"them, e.g. epsilon=8, and set the other to None (null on the command line)"
             )
         if self.noise_multiplier is not None:
             require_positive("noise_multiplier", self.noise_multiplier)
