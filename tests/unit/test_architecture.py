@@ -22,6 +22,7 @@ EXTRAS: dict[str, set[str]] = {
     "grpc": set(),
     "redis": set(),
     "ray": set(),
+    "absl": {f"{NAME}.privacy.composition"},
     "dp_accounting": {f"{NAME}.privacy.composition"},
     "opacus": {f"{NAME}.privacy.record.layers"},
     "opendp": {f"{NAME}.privacy.samplers"},
