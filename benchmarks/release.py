@@ -47,7 +47,7 @@ def exact_releases(fraction: float) -> dict[str, Release]:
             None, None, noise
         ),
         "participant level, random fraction, exact": ParticipantLevel(
-            1.0, delta=1e-5, exact=True
+            noise_multiplier=1.0, delta=1e-5, exact=True
         ).make_release(RandomFraction(fraction), None, noise),
     }
 
