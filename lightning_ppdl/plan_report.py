@@ -53,6 +53,9 @@ def plan_table(rows: Sequence[Row], name: str) -> Table:
     table.add_column("SNR of\nan upload", justify="right")
     table.add_column("SNR of\nthe run", justify="right")
     table.add_column("verdict")
+    ends_early = any(row.forecast.ends_early for row in rows)
+    if ends_early:
+        table.add_column("budget")
     if not noisy:
         table.add_column("paper's epsilon\nper parameter", justify="right", style="dim")
     for row in rows:
@@ -65,6 +68,7 @@ def plan_table(rows: Sequence[Row], name: str) -> Table:
             f"{cast.upload_ratio:.2g}",
             f"{cast.run_ratio:.2g}",
             f"[{_COLOURS[cast.verdict]}]{cast.verdict}[/]",
+            *([_budget(cast)] if ends_early else []),
             *([] if noisy else [_short(cast.per_parameter_epsilon)]),
         )
     table.caption = "\n".join(_caption(rows))
@@ -139,6 +143,7 @@ def _record(row: Row) -> dict[str, Any]:
         "upload_signal_to_noise": cast.upload_ratio,
         "run_signal_to_noise": cast.run_ratio,
         "verdict": cast.verdict,
+        "affordable_rounds": cast.affordable_rounds,
         "per_parameter_epsilon": cast.per_parameter_epsilon,
     }
 
@@ -151,7 +156,19 @@ def _caption(rows: Sequence[Row]) -> list[str]:
     )
     if rows[0].forecast.per_parameter_epsilon is not None:
         lines.append("The paper's figure is for one value of one round, and no guarantee of the run.")
+    if any(row.forecast.ends_early for row in rows):
+        lines.append(
+            "Where the budget ends the run early, all other figures are still for the rounds planned."
+        )
+    elif all(row.forecast.affordable_rounds is not None for row in rows):
+        lines.append("The budget has room for all rounds.")
     return [*lines, *dict.fromkeys(row.forecast.warning for row in rows if row.forecast.warning)]
+
+
+def _budget(cast: Forecast) -> str:
+    if not cast.ends_early:
+        return "has room" if cast.affordable_rounds is not None else "none"
+    return f"[red]ends after {cast.affordable_rounds:,}\nof {cast.rounds:,} rounds[/]"
 
 
 def _at(deltas: set[float]) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_ppdl.errors import ConfigurationError
-from lightning_ppdl.privacy.accounting import Spent, per_parameter_epsilon, round_up, total
+from lightning_ppdl.privacy.accounting import Spent, affordable, per_parameter_epsilon, round_up, total
 from lightning_ppdl.privacy.events import GaussianRound, PrivacyEvent, PrivateSteps
 from lightning_ppdl.privacy.mechanism import Mechanism, Plan
 from lightning_ppdl.privacy.sparse_vector import SparseVector
@@ -76,6 +76,9 @@ class Forecast:
         run_ratio: Signal to noise of the mean over all participants and rounds.
         per_parameter_epsilon: The paper's figure, epsilon / c for a single value of a single round. No
             guarantee by itself; None for other mechanisms.
+        rounds: That are planned.
+        affordable_rounds: Of these, those that the budget has room for; None without a budget. All other
+            figures are for the planned ones.
         warning: What is wrong with the setting; empty if nothing is.
     """
 
@@ -86,7 +89,14 @@ class Forecast:
     upload_ratio: float
     run_ratio: float
     per_parameter_epsilon: float | None
+    rounds: int
+    affordable_rounds: int | None
     warning: str
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the budget ends the run before its planned rounds are done."""
+        return self.affordable_rounds is not None and self.affordable_rounds < self.rounds
 
     @property
     def verdict(self) -> str:
@@ -118,8 +128,19 @@ def forecast(mechanism: Mechanism, collaboration: Collaboration) -> Forecast:
         upload_ratio=upload,
         run_ratio=upload * math.sqrt(collaboration.participants * collaboration.rounds),
         per_parameter_epsilon=per_parameter_epsilon(event),
+        rounds=collaboration.rounds,
+        affordable_rounds=_affordable_rounds(mechanism, event, collaboration),
         warning=_warning(mechanism, collaboration),
     )
+
+
+def _affordable_rounds(mechanism: Mechanism, event: PrivacyEvent, collaboration: Collaboration) -> int | None:
+    if mechanism.max_epsilon is None:
+        return None
+    a_round = collaboration.steps if isinstance(event, PrivateSteps) else 1
+    most = collaboration.rounds * a_round
+    fitting = affordable([], event, mechanism.max_epsilon, mechanism.delta, most, unit=mechanism.unit)
+    return fitting // a_round
 
 
 def _upload_ratio(mechanism: Mechanism, event: PrivacyEvent, collaboration: Collaboration) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ from lightning_ppdl.privacy.mechanism import Mechanism
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; the exit status."""
+    for argument in arguments:
+        if argument.startswith("privacy=["):  # which Hydra explains in words of its own
+            print(
+                f"ppdl plan: {argument}: the group privacy takes one value, e.g. privacy=record; only "
+                f"settings can be swept, so run ppdl plan once for each mechanism",
+                file=sys.stderr,
+            )
+            return 2
     config.register()
     return run_application("plan", _task, arguments)
 

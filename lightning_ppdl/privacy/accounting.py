@@ -14,9 +14,9 @@ from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.privacy import composition
 from lightning_ppdl.privacy.composition import Gaussian, Pure
 from lightning_ppdl.privacy.events import GaussianRound, PrivacyEvent, PrivateSteps, SparseVectorRound, Unit
-from lightning_ppdl.validation import require_count, require_positive
+from lightning_ppdl.validation import require_count, require_fraction, require_positive
 
-NOTHING_RELEASED = "nothing was released"
+NOTHING_RELEASED = "nothing was released yet"
 REPLACED = {
     "participant": "replacement of one participant's whole data set",
     "record": "replacement of one record",
@@ -45,6 +45,8 @@ class Spent:
     method: str
 
     def __str__(self) -> str:
+        if self.neighbours == NOTHING_RELEASED:
+            return NOTHING_RELEASED
         return f"epsilon {round_up(self.epsilon)} at delta {self.delta:g} for {self.neighbours}"
 
 
@@ -89,8 +91,20 @@ def total(
         )
     bound = composition.tightest(costs, delta)
     if math.isinf(bound.epsilon) or math.isnan(bound.epsilon):
-        raise ConfigurationError(f"these releases have no finite epsilon at delta={delta!r}; raise delta")
+        raise ConfigurationError(
+            f"these releases have no finite epsilon at delta={delta!r}; add noise, or raise delta"
+        )
     return Spent(bound.epsilon, delta, unit, _neighbours(counted, unit, replace), bound.method)
+
+
+def require_accountable(event: PrivacyEvent) -> PrivacyEvent:
+    """Return ``event`` if it has a cost that can be accounted for.
+
+    Raises:
+        ConfigurationError: naming what is wrong with it.
+    """
+    _cost(event, 1, event.unit, False)
+    return event
 
 
 def in_parallel(totals: Iterable[Spent]) -> Spent:
@@ -243,7 +257,8 @@ def _cost(event: PrivacyEvent, count: int, unit: Unit, replace: bool) -> Pure | 
         return Gaussian(noise, 1.0, replace or unit == "record", count, discrete=event.exact)
     if isinstance(event, PrivateSteps):
         noise = require_positive("noise_multiplier", event.noise_multiplier)
-        return Gaussian(noise, event.sampling_rate, replace, count * event.steps)
+        rate = require_fraction("sampling_rate", event.sampling_rate)
+        return Gaussian(noise, rate, replace, count * require_count("steps", event.steps))
     raise ConfigurationError(
         f"there is no accounting for {type(event).__name__} events; the known ones are SparseVectorRound, "
         f"GaussianRound and PrivateSteps"

@@ -18,7 +18,11 @@ _PLD_MOST_EPSILON = 500.0
 """Beyond it exp(epsilon) overflows in the loss distributions, and nobody needs the digits."""
 _PLD_LEAST_DELTA = 1e-10
 """Below it the rounding errors of the Fourier transforms that compose the distributions show."""
+_PLD_MOST_STEPS = 1e5
+"""Beyond it what each step's rounding adds to the loss distributions can outweigh what they gain."""
 _FINEST = 2e-4
+_LEAST_NOISE, _MOST_NOISE = 1e-100, 1e100
+"""Their squares are still numbers. With less noise there is no bound; more is accounted for as this much."""
 _RELATIVE = 1e-4
 _WHOLE_ORDERS = (1.25, 1.5, *range(2, 65), 80, 96, 128, 192, 256, 512, 1024, 4096)
 _ORDERS = (*(x / 20 for x in range(21, 40)), *(x / 10 for x in range(20, 110)), *_WHOLE_ORDERS[11:])
@@ -74,21 +78,26 @@ def pure_sum(costs: Costs) -> float:
     """The sum of all epsilons: holds at delta = 0; infinite with Gaussian noise among the costs."""
     if any(isinstance(cost, Gaussian) for cost in costs):
         return math.inf
-    return math.fsum(cost.epsilon * cost.count for cost in costs if isinstance(cost, Pure))
+    return sum(cost.epsilon * cost.count for cost in costs if isinstance(cost, Pure))
 
 
 def rdp(costs: Costs, delta: float, orders: tuple[float, ...] = _ORDERS) -> float:
-    """Epsilon at ``delta`` by Rényi differential privacy; infinite where it has no bound (replacement
-    under sampling)."""
+    """Epsilon at ``delta`` by Rényi differential privacy.
+
+    Nothing tighter is known of replacement under sampling than that it costs no more than without sampling
+    (Rényi divergence is quasi-convex, and both neighbours' outputs are mixtures over the same samples).
+    """
     import numpy as np
 
     total = np.zeros(len(orders))
+    halves = np.array(orders) / 2
     for cost in _collapsed(costs):
         if isinstance(cost, Pure):
             # Bun and Steinke 2016, proposition 3.3: epsilon-DP is epsilon^2 / 2-zCDP.
-            total += cost.count * np.minimum(cost.epsilon, np.array(orders) * cost.epsilon**2 / 2)
-        elif cost.replace and cost.sampling_rate < 1:
-            return math.inf
+            with np.errstate(over="ignore"):
+                total += cost.count * cost.epsilon * np.minimum(1.0, halves * cost.epsilon)
+        elif cost.replace:
+            total += cost.count * np.array(_rdp_of(cost.noise_multiplier / 2, 1.0, orders))
         else:
             total += cost.count * np.array(_rdp_of(cost.noise_multiplier, cost.sampling_rate, orders))
     return float(_dp_accounting().rdp.rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
@@ -115,10 +124,12 @@ def pld(costs: Costs, delta: float) -> float:
 @lru_cache(maxsize=65536)
 def _tightest(costs: Costs, delta: float) -> Bound:
     bounds = [Bound(pure_sum(costs), "sum")]
-    if delta > 0 and costs:
+    hidden = all(isinstance(cost, Pure) or cost.noise_multiplier >= _LEAST_NOISE for cost in costs)
+    if delta > 0 and costs and hidden:
         if not any(isinstance(cost, Gaussian) and cost.discrete for cost in costs):
             bounds.append(Bound(pld(costs, delta), "PLD"))
-        if math.isinf(bounds[-1].epsilon):  # otherwise Rényi DP is never tighter, and slow
+        many = sum(cost.count for cost in costs if isinstance(cost, Gaussian)) > _PLD_MOST_STEPS
+        if math.isinf(bounds[-1].epsilon) or many:  # otherwise Rényi DP is never tighter, and slow
             bounds.append(Bound(rdp(costs, delta), "RDP"))
     return min(bounds, key=lambda bound: bound.epsilon)
 
@@ -129,14 +140,17 @@ def _collapsed(costs: Costs) -> Costs:
     precision = 0.0
     discrete = False
     for cost in costs:
+        if isinstance(cost, Gaussian) and cost.noise_multiplier < _LEAST_NOISE:
+            return (cost,)  # whatever stands beside it
         if isinstance(cost, Gaussian) and cost.sampling_rate == 1:
             discrete |= cost.discrete
-            precision += cost.count * ((2 if cost.replace else 1) / cost.noise_multiplier) ** 2
+            noise = min(cost.noise_multiplier, _MOST_NOISE)
+            precision += cost.count * ((2 if cost.replace else 1) / noise) ** 2
         else:
             counts[_once(cost)] = counts.get(_once(cost), 0) + cost.count
     pures = [Pure(cost.epsilon, int(count)) for cost, count in counts.items() if isinstance(cost, Pure)]
     sampled = [
-        Gaussian(cost.noise_multiplier, cost.sampling_rate, cost.replace, int(count))
+        Gaussian(min(cost.noise_multiplier, _MOST_NOISE), cost.sampling_rate, cost.replace, int(count))
         for cost, count in counts.items()
         if isinstance(cost, Gaussian)
     ]
@@ -164,7 +178,7 @@ def _interval(costs: Costs, rough: float) -> float:
         return pures[0]  # its losses are +-epsilon: on this grid nothing is rounded
     # A power of two, so that neighbouring totals share their distributions.
     interval = max(_FINEST, 2.0 ** math.floor(math.log2(_RELATIVE * max(rough, 1e-9))))
-    return max(min([interval, *(epsilon / 200 for epsilon in pures)]), rough / 1e6)
+    return max(min([interval, *(epsilon / 200 for epsilon in pures)]), rough / 1e6, _FINEST / 100)
 
 
 @lru_cache(maxsize=256)

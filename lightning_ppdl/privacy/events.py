@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import ClassVar, Literal
 
 from lightning_ppdl.errors import ConfigurationError
@@ -16,6 +16,14 @@ Unit = Literal["participant", "record"]
 """Whose presence is hidden: all data of a participant, or one record of it."""
 
 _KINDS: dict[str, type[PrivacyEvent]] = {}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "float": (float, int),
+    "float | None": (float, int, type(None)),
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+}
+"""What JSON makes of the fields' types."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +122,26 @@ def event_from_json(line: str) -> PrivacyEvent:
     """The event that :meth:`PrivacyEvent.to_json` wrote.
 
     Raises:
-        ConfigurationError: for a kind of event that this version does not know: accounting must not
-            pass over it.
+        ConfigurationError: for a kind of event that this version does not know, since accounting must not
+            pass over it, and for fields that are missing, unknown or of another type.
     """
-    fields = json.loads(line)
-    kind = fields.pop("kind")
+    try:
+        values = json.loads(line)
+        kind = values.pop("kind")
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ConfigurationError(f"{line!r} describes no private release: {error!r}") from error
     if kind not in _KINDS:
         raise ConfigurationError(
             f"the ledger holds a {kind!r} event, which this version of lightning_ppdl cannot account for; "
             f"use the version that wrote it"
         )
-    return _KINDS[kind](**fields)
+    wanted = {field.name: field for field in fields(_KINDS[kind])}
+    wrong = [f"{name} is unknown" for name in values if name not in wanted]
+    for name, field in wanted.items():
+        if name not in values:
+            wrong += [f"{name} is missing"] if field.default is MISSING else []
+        elif type(values[name]) not in _TYPES[str(field.type)]:
+            wrong.append(f"{name}={values[name]!r} is no {field.type}")
+    if wrong:
+        raise ConfigurationError(f"{line!r} describes no {kind!r} event: {', '.join(wrong)}")
+    return _KINDS[kind](**values)

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lightning_ppdl.errors import ConfigurationError, LedgerBehindError
+from lightning_ppdl.errors import ConfigurationError, LedgerBehindError, LedgerError
+from lightning_ppdl.privacy.accounting import require_accountable
 from lightning_ppdl.privacy.events import PrivacyEvent, event_from_json
 from lightning_ppdl.privacy.ledger_file import LedgerFile
 
@@ -66,9 +67,19 @@ class LedgerEntry:
 
     @classmethod
     def from_primitives(cls, fields: dict[str, Any]) -> LedgerEntry:
-        """The entry that :meth:`to_primitives` wrote."""
-        event = fields["event"]
-        return cls(**{**fields, "event": None if event is None else _event(event)})
+        """The entry that :meth:`to_primitives` wrote.
+
+        Raises:
+            ConfigurationError: if it is none, or its event cannot be accounted for.
+        """
+        try:
+            event = fields["event"]
+            entry = cls(**{**fields, "event": None if event is None else _event(event)})
+        except (KeyError, TypeError) as error:
+            raise ConfigurationError(f"{fields!r} is no entry of a ledger: {error}") from error
+        if not isinstance(entry.round, int) or not isinstance(entry.at, int | float):
+            raise ConfigurationError(f"round={entry.round!r} and at={entry.at!r} must be numbers")
+        return entry
 
 
 @dataclass(frozen=True)
@@ -82,9 +93,10 @@ class Unsent:
 class Ledger:
     """The spending of one data set, over all runs, studies and servers.
 
-    One file, in the hands of one process at a time. :meth:`record` returns only when the entry and the
-    encoded release are on the disk, in one transaction; what is sent afterwards can be sent again, byte
-    for byte, and is counted once. A process killed at any instant leaves nothing sent that is not counted.
+    One file, in the hands of one process at a time; its threads may share it. :meth:`record` returns only
+    when the entry and the encoded release are on the disk, in one transaction; what is sent afterwards can be
+    sent again, byte for byte, and is counted once. A process killed at any instant leaves nothing sent that
+    is not counted.
 
     Args:
         path: The file, made if missing; its directory must exist. None keeps the ledger in memory, for
@@ -92,7 +104,8 @@ class Ledger:
 
     Raises:
         LedgerLockedError: if another run holds it.
-        LedgerError: if the file is damaged, no ledger, or of a later version.
+        LedgerError: if the file is damaged, no ledger, of a later version, not writable, or holds an entry
+            that cannot be accounted for.
 
     What it cannot detect: a copy of the whole machine that goes on with a server of its own, and a ledger put
     back to an older state together with a new server.
@@ -110,8 +123,12 @@ class Ledger:
     def __init__(self, path: str | Path | None) -> None:
         self._file = LedgerFile(path, _SCHEMA)
         self.path = self._file.path
-        self.revision = 0
-        """Grows with every change made through this object."""
+        self._revision = 0
+        try:
+            self._require_readable()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Ledger:
         return self
@@ -124,6 +141,12 @@ class Ledger:
     def close(self) -> None:
         """Let the file go; once more does nothing."""
         self._file.close()
+
+    @property
+    def revision(self) -> int:
+        """Grows with every entry made through this object, by :meth:`record`, :meth:`merge` or
+        :meth:`repair`, once it is on the disk; costs nothing to ask."""
+        return self._revision
 
     def record(self, entry: LedgerEntry, message: bytes | None = None) -> None:
         """Write ``entry`` durably, and with it the encoded release that is about to be sent.
@@ -138,18 +161,19 @@ class Ledger:
             LedgerWriteError: if it could not be written: then nothing may be sent.
             ConfigurationError: if the entry is in the ledger already.
         """
-        with self._file.writing() as database:
-            if _find(database, entry.id) is not None:
-                raise ConfigurationError(
-                    f"the ledger holds entry {entry.id} already; every release is a new one"
-                )
-            _insert(database, entry)
-            self.revision += 1
-            if message is not None:
-                database.execute(
-                    "INSERT OR REPLACE INTO unsent VALUES (?, ?, ?, ?)",
-                    (entry.study, entry.participant, entry.id, message),
-                )
+        with self._file.alone():
+            with self._file.writing() as database:
+                if _find(database, entry.id) is not None:
+                    raise ConfigurationError(
+                        f"the ledger holds entry {entry.id} already; every release is a new one"
+                    )
+                _insert(database, entry)
+                if message is not None:
+                    database.execute(
+                        "INSERT OR REPLACE INTO unsent VALUES (?, ?, ?, ?)",
+                        (entry.study, entry.participant, entry.id, message),
+                    )
+            self._revision += 1
 
     def sent(self, id: str) -> None:
         """Forget the bytes of entry ``id``: its receipt came, or it was given up for good."""
@@ -208,19 +232,33 @@ class Ledger:
                 return self.merge(opened)
         theirs = other.entries() if isinstance(other, Ledger) else list(other)
         added = 0
-        with self._file.writing() as database:
-            for entry in theirs:
-                mine = _find(database, entry.id)
-                if mine is None:
-                    _insert(database, entry)
-                    self.revision += 1
-                    added += 1
-                elif mine != entry:
-                    raise ConfigurationError(
-                        f"two ledgers hold different entries under the id {entry.id}: one was altered; "
-                        f"nothing was merged"
-                    )
+        with self._file.alone():
+            with self._file.writing() as database:
+                for entry in theirs:
+                    mine = _find(database, entry.id)
+                    if mine is None:
+                        _insert(database, entry)
+                        added += 1
+                    elif mine != entry:
+                        raise ConfigurationError(
+                            f"two ledgers hold different entries under the id {entry.id}: one was altered; "
+                            f"nothing was merged"
+                        )
+            self._revision += added
         return added
+
+    def _require_readable(self) -> None:
+        # Before anything is spent: what cannot be accounted for must not be noticed after a release.
+        with self._file.reading() as database:
+            rows = database.execute(f"SELECT {_COLUMNS} FROM entries").fetchall()
+        for row in rows:
+            try:
+                _entry(row)
+            except ConfigurationError as error:
+                raise LedgerError(
+                    f"{self.path}: entry {row[0]} cannot be read: {error}. If the ledger was altered, put "
+                    f"its latest backup in its place and merge what checkpoints hold"
+                ) from error
 
     def to_primitives(self) -> list[dict[str, Any]]:
         """All entries as strings and numbers, for a checkpoint; :meth:`merge_primitives` takes them in."""
@@ -242,7 +280,8 @@ class Ledger:
                 f"the server has accepted round {last_round} of participant {participant!r} in study "
                 f"{study!r}, and {self.path or 'the ledger in memory'} knows only of round {known}: it is "
                 f"not the one that paid for it, or an older copy. Merge the right one (Ledger.merge), or "
-                f"charge the missing rounds (Ledger.repair)"
+                f"charge the missing rounds (Ledger.repair). Rounds that were made without a mechanism "
+                f"cannot be charged: join under another participant name"
             )
 
     def repair(self, study: str, participant: str, last_round: int, event: PrivacyEvent) -> int:
@@ -254,9 +293,9 @@ class Ledger:
         Returns:
             How many rounds were charged.
         """
-        known = self.last_round(study, participant)
-        missing = range(known + 1, last_round + 1)
-        return self.merge([LedgerEntry.new(study, participant, round, event) for round in missing])
+        with self._file.alone():
+            missing = range(self.last_round(study, participant) + 1, last_round + 1)
+            return self.merge([LedgerEntry.new(study, participant, round, event) for round in missing])
 
     def taint(self, participant: str, reason: str) -> None:
         """Mark this participant's parameters as trained without noise: no release may follow from them."""
@@ -277,8 +316,9 @@ class Ledger:
             database.execute("DELETE FROM taints WHERE participant = ?", (participant,))
 
 
-_event = lru_cache(maxsize=1024)(event_from_json)
-"""Events are frozen, and few differ."""
+@lru_cache(maxsize=1024)  # events are frozen, and few differ
+def _event(line: str) -> PrivacyEvent:
+    return require_accountable(event_from_json(line))
 
 
 def _find(database: sqlite3.Connection, id: str) -> LedgerEntry | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -9,13 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 
-from lightning_ppdl.errors import ConfigurationError, LedgerError, LedgerWriteError
+from lightning_ppdl.errors import ConfigurationError, LedgerError, LedgerLockedError, LedgerWriteError
 from lightning_ppdl.privacy.lock import PathLock
 
 _APPLICATION = 0x7070646C
 """SQLite's mark of whose file it is: "ppdl"."""
 _VERSION = 1
 """Of the schema; an older package must not pass over what a later one wrote."""
+_REMEDIES = {
+    "full": "the disk or the quota is full: free space, then go on",
+    "permission": "there is no permission to read and write it, the .lock beside it and their directory: run "
+    "as the user whom they belong to, or give the ledger another path",
+    "read-only": "it is read-only: every release is entered before it is sent, so the file and its directory "
+    "must be writable",
+    "in use": "it is in use by another program or under another name: end that one",
+    "disk": "free space or mend the disk, then go on",
+}
 
 
 class LedgerFile:
@@ -33,6 +43,8 @@ class LedgerFile:
             raise ConfigurationError(
                 f"ledger={str(path)!r}: there is no directory {self.path.parent}; make it first"
             )
+        if self.path is not None and self.path.is_dir():
+            raise ConfigurationError(f"ledger={str(path)!r} is a directory; name a file in it")
         self._guard = RLock()
         self._process = os.getpid()
         self._closed = False
@@ -42,13 +54,21 @@ class LedgerFile:
         try:
             if self.path is not None:
                 self._lock = PathLock(self.path)
+                # Its owner's alone: it tells who learnt what together with whom, and when.
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             self._database = sqlite3.connect(
-                self.path or ":memory:", isolation_level=None, check_same_thread=False
+                self.path or ":memory:", timeout=1.0, isolation_level=None, check_same_thread=False
             )
             self._prepare(self._database, schema)
             self._inode = self._find_inode()
         except BaseException as error:
             self.close()
+            cause = _cause(error)
+            if cause is not None:
+                kind = LedgerLockedError if cause == "in use" else LedgerError
+                raise kind(
+                    f"the ledger {self.path} cannot be opened ({error}): {_REMEDIES[cause]}"
+                ) from error
             if isinstance(error, sqlite3.DatabaseError | OSError):
                 raise LedgerError(
                     f"{self.path} cannot be opened, is damaged or no ledger ({error}). Put its latest "
@@ -59,11 +79,30 @@ class LedgerFile:
 
     def close(self) -> None:
         """Let the file go; once more does nothing."""
+        if self._process == os.getpid():
+            with self._guard:  # not within another thread's transaction
+                self._let_go()
+        else:
+            self._let_go()  # the guard was copied in whatever state it was
+
+    def _let_go(self) -> None:
         self._closed = True
         if self._database is not None:
             self._database.close()
         if self._lock is not None:
             self._lock.release()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread reads or writes meanwhile.
+
+        Raises:
+            LedgerError: if it is closed, or belongs to another process.
+        """
+        self._require_usable()  # before the guard, which a forked child may find held for good
+        with self._guard:
+            self._require_usable()
+            yield
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -72,10 +111,8 @@ class LedgerFile:
         Raises:
             LedgerError: if it is closed, belongs to another process, or cannot be read.
         """
-        with self._guard:
-            if self._database is None or self._closed or self._process != os.getpid():
-                why = "was closed" if self._closed else "belongs to the process that opened it"
-                raise LedgerError(f"the ledger {self.path or 'in memory'} {why}; open it with Ledger(path)")
+        with self.alone():
+            assert self._database is not None  # it is usable
             try:
                 yield self._database
             except sqlite3.DatabaseError as error:
@@ -101,9 +138,14 @@ class LedgerFile:
                 if isinstance(error, sqlite3.DatabaseError):
                     raise LedgerWriteError(
                         f"the ledger {self.path or 'in memory'} could not be written ({error}), so nothing "
-                        f"may be sent; free space or mend the disk, then go on"
+                        f"may be sent; {_REMEDIES[_cause(error) or 'disk']}"
                     ) from error
                 raise
+
+    def _require_usable(self) -> None:
+        if self._database is None or self._closed or self._process != os.getpid():
+            why = "was closed" if self._closed else "belongs to the process that opened it"
+            raise LedgerError(f"the ledger {self.path or 'in memory'} {why}; open it with Ledger(path)")
 
     def _find_inode(self) -> int | None:
         if self.path is None:
@@ -138,6 +180,32 @@ class LedgerFile:
                 f"{self.path} was written by a later lightning_ppdl (ledger version {version}; this one "
                 f"reads {_VERSION}); upgrade lightning_ppdl"
             )
+        # A write that changes nothing: a disk that takes none is noticed here, not at the first release.
+        execute("BEGIN IMMEDIATE")
+        execute(f"PRAGMA user_version = {_VERSION}")
+        execute("COMMIT")
+
+
+def _cause(error: BaseException) -> str | None:
+    """Which of the remedies helps; None for a damaged file and whatever is no affair of the disk's."""
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            return "full"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return "permission"
+        return "read-only" if error.errno == errno.EROFS else None
+    if not isinstance(error, sqlite3.OperationalError):
+        return None
+    said = str(error)
+    # SQLite's result codes are known to Python 3.11 and later only.
+    causes = {
+        "is full": "full",
+        "readonly": "read-only",
+        "locked": "in use",
+        "I/O": "disk",
+        "unable": "permission",
+    }
+    return next((cause for word, cause in causes.items() if word in said), None)
 
 
 def _sync_directory(directory: Path) -> None:

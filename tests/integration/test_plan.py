@@ -16,7 +16,7 @@ import pytest
 from lightning_ppdl.cli import main
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.planning import Collaboration, forecast
-from lightning_ppdl.privacy.accounting import calibrate_noise
+from lightning_ppdl.privacy.accounting import calibrate_noise, total
 from lightning_ppdl.privacy.events import PrivateSteps
 from lightning_ppdl.privacy.mechanism import Mechanism, Plan
 from lightning_ppdl.privacy.noise import NoiseSource
@@ -173,3 +173,44 @@ def test_a_delta_that_is_too_large_is_said() -> None:
 def test_counts_are_checked(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}=0"):
         replace(PAPER, **{name: 0})
+
+
+# Budgets
+
+
+def test_a_budget_says_after_how_many_rounds_the_run_ends(
+    ppdl: Ppdl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ppdl("privacy.epsilon=0.1", "privacy.max_epsilon=0.3", "rounds=[2,10]") == 0
+    assert [row["affordable_rounds"] for row in rows()] == ["2", "3"]
+    assert "ends after 3" in capsys.readouterr().out
+    assert ppdl("privacy.epsilon=0.1", "privacy.max_epsilon=0.3", "rounds=[2,3]") == 0
+    assert "has room for all rounds" in capsys.readouterr().out
+
+
+def test_a_budget_at_the_level_of_records_counts_whole_rounds(
+    ppdl: Ppdl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = [
+        "privacy=record",
+        "privacy.epsilon=null",
+        "privacy.noise_multiplier=1.44",
+        "batch_size=120",
+        "rounds=20",
+    ]
+    assert ppdl(*record, "privacy.max_epsilon=4") == 0
+    (row,) = rows()
+    afforded = int(row["affordable_rounds"])
+    assert 0 < afforded < 20 and f"ends after {afforded}" in capsys.readouterr().out
+    step = PrivateSteps(1.44, 0.2, 1.0, steps=1)
+    assert total([step] * 5 * afforded, 1e-5).epsilon <= 4 < total([step] * 5 * (afforded + 1), 1e-5).epsilon
+
+
+def test_a_target_is_met_by_all_rounds(ppdl: Ppdl, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ppdl("privacy=participant", "privacy.epsilon=2", "rounds=10", "parameters=1000") == 0
+    assert rows()[0]["affordable_rounds"] == "10" and "ends after" not in capsys.readouterr().out
+
+
+def test_mechanisms_are_planned_one_by_one(ppdl: Ppdl, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ppdl("privacy=[record,participant]") == 2
+    assert "the group privacy takes one value" in capsys.readouterr().err

@@ -340,3 +340,63 @@ def test_accounting_leaves_a_redirected_stderr_open() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ran.stdout.strip() == "False", ran.stderr
+
+
+# Everywhere
+
+
+def epsilon_or_none(sigma: float, rate: float, count: int, delta: float, replace: bool) -> float:
+    try:
+        return total([steps(sigma, count, rate)], delta, replace=replace).epsilon
+    except ConfigurationError:
+        return math.inf
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    sigma=st.sampled_from([1e-300, 1e-3, 0.5, 5.0, 20.0, 1e5, 1e300]),
+    rate=st.sampled_from([1e-300, 1e-5, 1e-4, 0.2, 1.0]),
+    count=st.sampled_from([1, 100, 10**4]),
+    delta=st.sampled_from([1e-300, 1e-8, 1e-5, 0.5, 0.9, 0.999999]),
+    replace=st.booleans(),
+)
+def test_every_setting_has_a_total_or_is_refused(
+    sigma: float, rate: float, count: int, delta: float, replace: bool
+) -> None:
+    epsilon = epsilon_or_none(sigma, rate, count, delta, replace)
+    assert epsilon >= 0
+    most = epsilon * 1.01 + 2e-3  # losses are rounded up to a grid
+    assert epsilon_or_none(sigma * 2, rate, count, delta, replace) <= most
+    assert epsilon_or_none(sigma, rate, count, (1 + delta) / 2, replace) <= most
+    assert epsilon_or_none(sigma, rate / 2, count, delta, replace) <= most
+    assert epsilon_or_none(sigma, rate, count * 2, delta, replace) * 1.01 + 2e-3 >= epsilon
+
+
+@pytest.mark.parametrize("epsilon", [1e-300, 1e-8, 0.3, 400.0, 1e300])
+@pytest.mark.parametrize("delta", [1e-5, 0.5, 0.9])
+def test_pure_rounds_of_every_size(epsilon: float, delta: float) -> None:
+    assert 0 <= total([sparse(epsilon)] * 3, delta).epsilon <= 3 * epsilon * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rate", [0.2, 1.0])
+def test_noise_that_is_next_to_none_has_no_finite_epsilon(rate: float) -> None:
+    with pytest.raises(ConfigurationError, match="no finite epsilon"):
+        total([steps(1e-300, 1, rate), gaussian(5.0)], DELTA)
+    with pytest.raises(ConfigurationError, match="no finite epsilon"):
+        total([sparse(1.7e308)] * 2, DELTA)
+
+
+def test_settings_that_no_step_can_have() -> None:
+    with pytest.raises(ConfigurationError, match=r"sampling_rate=1\.5"):
+        total([steps(1.0, 1, 1.5)], DELTA)
+    with pytest.raises(ConfigurationError, match="steps=0"):
+        total([steps(1.0, 0)], DELTA)
+
+
+def test_a_great_many_steps_are_not_cheaper_at_a_smaller_delta() -> None:
+    run = [steps(5.0, 10**6, 1e-5)]
+    assert total(run, 1e-12).epsilon >= total(run, 1e-8).epsilon
+
+
+def test_nothing_released_reads_so() -> None:
+    assert str(total([], DELTA)) == "nothing was released yet"

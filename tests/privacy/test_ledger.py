@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -330,7 +332,10 @@ def test_a_ledger_behind_the_server_is_refused_until_repaired(path: Path) -> Non
         ledger.record(entry(1))
         ledger.require_not_behind("s1", "clinic-a", 1)
         ledger.require_not_behind("s1", "clinic-a", 0)
-        with pytest.raises(LedgerBehindError, match=r"round 4 .*'clinic-a'.* of round 1.*merge.*repair"):
+        with pytest.raises(
+            LedgerBehindError,
+            match=r"round 4 .*'clinic-a'.* of round 1.*merge.*repair.*another participant name",
+        ):
             ledger.require_not_behind("s1", "clinic-a", 4)
         assert ledger.repair("s1", "clinic-a", 4, GaussianRound(1.0, 1.0, 10)) == 3
         ledger.require_not_behind("s1", "clinic-a", 4)
@@ -348,3 +353,149 @@ def test_a_taint_stays_until_it_is_cleared(path: Path) -> None:
         assert ledger.tainted("clinic-b") is None
         ledger.clear_taint("clinic-a")
         assert ledger.tainted("clinic-a") is None
+
+
+# Noticed at opening
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"epsilon"', '"epsilom"', "epsilom is unknown, epsilon is missing"),
+        ('"epsilon": 0.1', '"epsilon": "0.1"', "epsilon='0.1' is no float"),
+        ('"epsilon": 0.1', '"epsilon": -0.1', "epsilon=-0.1 must be"),
+        ('"epsilon": 0.1', '"epsilon": NaN', "epsilon=nan must be"),
+        ('"sparse_vector"', '"novel"', "'novel' event"),
+        ("{", "", "describes no private release"),
+    ],
+)
+def test_an_altered_event_is_noticed_before_anything_is_spent(
+    path: Path, old: str, new: str, said: str
+) -> None:
+    one = entry()
+    with Ledger(path) as ledger:
+        ledger.record(entry(2))
+        ledger.record(one)
+    database = sqlite3.connect(path)
+    database.execute("UPDATE entries SET event = replace(event, ?, ?) WHERE id = ?", (old, new, one.id))
+    database.commit()
+    database.close()
+    with pytest.raises(LedgerError) as error:
+        Ledger(path)
+    assert f"entry {one.id}" in str(error.value) and said in str(error.value)
+    with pytest.raises(LedgerError, match="cannot be read"):  # and the lock is free again
+        Ledger(path)
+
+
+def test_a_checkpoint_that_holds_no_entries() -> None:
+    with Ledger(None) as ledger:
+        for fields in ({}, {**entry().to_primitives(), "more": 1}, {**entry().to_primitives(), "at": "now"}):
+            with pytest.raises(ConfigurationError):
+                ledger.merge_primitives([fields])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes")
+def test_only_its_owner_can_read_it(path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with Ledger(path) as ledger:
+            ledger.record(entry(), b"secret")
+            modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
+    finally:
+        os.umask(before)
+    assert {path.name, path.name + ".lock"} <= set(modes)
+    assert set(modes.values()) == {0o600}
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "quota is full"),
+        (errno.EACCES, "no permission"),
+        (errno.EROFS, "is read-only"),
+    ],
+)
+@pytest.mark.parametrize("of", ["clinic-a.ledger", "clinic-a.ledger.lock"])
+def test_a_disk_that_refuses_is_not_called_a_damaged_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str, of: str
+) -> None:
+    original = os.open
+
+    def refusing(name: str | Path, *arguments: int) -> int:
+        if Path(name).name == of:
+            raise OSError(number, os.strerror(number), str(name))
+        return original(name, *arguments)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(LedgerError, match=said) as error:
+        Ledger(path)
+    assert "backup" not in str(error.value) and of in str(error.value)
+
+
+def test_a_disk_that_takes_no_write_is_noticed_at_opening(path: Path) -> None:
+    Ledger(path).close()
+    with no_file_grows_beyond(0), pytest.raises(LedgerError, match="free space") as error:
+        Ledger(path)
+    assert "backup" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anything")
+def test_a_read_only_file_is_noticed_at_opening(path: Path) -> None:
+    Ledger(path).close()
+    path.chmod(0o400)
+    with pytest.raises(LedgerError, match="no permission"):
+        Ledger(path)
+
+
+def test_a_second_name_of_an_open_ledger_is_in_use(path: Path) -> None:
+    other = path.with_name("other-name.ledger")
+    with Ledger(path):
+        os.link(path, other)
+        with pytest.raises(LedgerLockedError, match="under another name"):
+            Ledger(other)
+
+
+def test_a_directory_is_no_ledger(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="is a directory"):
+        Ledger(tmp_path)
+
+
+# Shared in one process
+
+
+def test_the_revision_grows_with_every_entry_and_with_nothing_else(path: Path) -> None:
+    with Ledger(path) as ledger:
+        seen = [ledger.revision]
+        one = entry(1)
+        ledger.record(one, b"bytes")
+        seen.append(ledger.revision)
+        ledger.merge([entry(2), entry(3)])
+        seen.append(ledger.revision)
+        ledger.repair("s1", "clinic-a", 5, EVENT)
+        seen.append(ledger.revision)
+        assert sorted(set(seen)) == seen
+        ledger.merge([one])
+        ledger.sent(one.id)
+        ledger.entries()
+        with pytest.raises(ConfigurationError):
+            ledger.record(one)
+        altered = LedgerEntry(one.id, one.study, one.participant, one.round, None, 0, one.at)
+        with pytest.raises(ConfigurationError):
+            ledger.merge([entry(9), altered])
+        with no_file_grows_beyond(0), pytest.raises(LedgerWriteError):
+            ledger.record(entry(6), os.urandom(200_000))
+        assert ledger.revision == seen[-1]
+
+
+def test_threads_share_an_open_ledger(path: Path) -> None:
+    with Ledger(path) as ledger:
+
+        def spend(participant: str) -> None:
+            for round in range(1, 21):
+                ledger.record(entry(round, participant), b"bytes")
+                assert ledger.last_round("s1", participant) == round
+                ledger.repair("s1", "both", round, EVENT)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(spend, "abcd"))
+        assert ledger.revision == len(ledger.entries()) == 4 * 20 + 20
