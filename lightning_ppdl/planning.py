@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.privacy.accounting import Spent, affordable, per_parameter_epsilon, round_up, total
@@ -112,6 +112,10 @@ def forecast(mechanism: Mechanism, collaboration: Collaboration) -> Forecast:
     Raises:
         ConfigurationError: for a target that cannot be met.
     """
+    rate = getattr(mechanism, "sampling_rate", None)
+    if rate is not None and collaboration.steps_per_round is None:
+        # An epoch of Poisson samples is so many draws, whatever the loader's batch size.
+        collaboration = replace(collaboration, steps_per_round=max(1, round(1 / rate)))
     mechanism = mechanism.calibrated(collaboration.plan)
     event = mechanism.event(collaboration.plan)
     events: list[PrivacyEvent] = [event] * collaboration.rounds

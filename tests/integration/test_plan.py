@@ -21,6 +21,7 @@ from lightning_ppdl.privacy.events import PrivateSteps
 from lightning_ppdl.privacy.mechanism import Mechanism, Plan
 from lightning_ppdl.privacy.noise import NoiseSource
 from lightning_ppdl.privacy.participant_level import ParticipantLevel
+from lightning_ppdl.privacy.record.record_level import RecordLevel
 from lightning_ppdl.privacy.release import Release
 from lightning_ppdl.privacy.sparse_vector import SparseVector
 from lightning_ppdl.selection import Selection
@@ -214,3 +215,11 @@ def test_a_target_is_met_by_all_rounds(ppdl: Ppdl, capsys: pytest.CaptureFixture
 def test_mechanisms_are_planned_one_by_one(ppdl: Ppdl, capsys: pytest.CaptureFixture[str]) -> None:
     assert ppdl("privacy=[record,participant]") == 2
     assert "the group privacy takes one value" in capsys.readouterr().err
+
+
+def test_an_epoch_has_as_many_steps_as_the_sampling_rate_makes() -> None:
+    """Whatever the loader's batch size says beside it."""
+    mechanism = RecordLevel(noise_multiplier=2.0, delta=1e-5, sampling_rate=0.01)
+    cast = forecast(mechanism, Collaboration(10, rounds=10, parameters=100, records=600, batch_size=60))
+    truth = total([PrivateSteps(2.0, 0.01, 1.0, steps=10 * 100)], 1e-5)
+    assert cast.spent.epsilon == pytest.approx(truth.epsilon)
