@@ -257,12 +257,15 @@ class Participant:
     def leave(self) -> None:
         """Leave the collaboration; :meth:`join` comes back to it."""
         self.in_round = False
-        if self.account is not None and (event := self._release.unpaid()) is not None:
-            self.account.pay(self.round, event, 0, None)
-            self._release.paid()
-        if self.account is not None:
-            self.account.close()
-        self._backend.leave()
+        try:
+            if self.account is not None and (event := self._release.unpaid()) is not None:
+                self.account.pay(self.round, event, 0, None)
+                self._release.paid()
+        finally:
+            # A ledger that cannot be written must not keep the others waiting for this one's turn.
+            if self.account is not None:
+                self.account.close()
+            self._backend.leave()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives from which :meth:`load_state_dict` continues after a round's end."""

@@ -23,6 +23,7 @@ from lightning_ppdl.initial import Initial, check_initial
 from lightning_ppdl.layout import ParameterLayout, Share
 from lightning_ppdl.participant import Participant
 from lightning_ppdl.privacy.account import Account
+from lightning_ppdl.privacy.events import PrivateSteps
 from lightning_ppdl.privacy.ledger import Ledger
 from lightning_ppdl.privacy.mechanism import Mechanism, Plan
 from lightning_ppdl.privacy.noise import NoiseSource, SecretNoise
@@ -162,22 +163,29 @@ class DSSGDStrategy(SingleDeviceStrategy):
 
     def make_participant(self, layout: ParameterLayout) -> Participant:
         """The participant that these settings describe, for a module's ``layout``; not joined yet."""
-        account = None
         if self.privacy is None:
-            release: Release = self._make_plain_release()
-        else:
-            plan = self._plan(layout)
-            mechanism = self.privacy.calibrated(plan)
-            assert self._noise is not None
-            release = mechanism.make_release(self._selection, self._bound, self._noise)
-            planned = plan.steps if mechanism.unit == "record" else plan.rounds
-            account = Account(
-                self._open_ledger(), self.participant, mechanism, mechanism.event(plan), planned
-            )
-            if self._private is not None:
-                assert isinstance(mechanism, RecordLevel) and isinstance(release, PrivateStepsRelease)
-                for event in self._private.start(mechanism, release):
-                    account.pay(0, event, 0, None)
+            return self._participant(layout, self._make_plain_release())
+        plan = self._plan(layout)
+        mechanism = self.privacy.calibrated(plan)
+        assert self._noise is not None
+        release = mechanism.make_release(self._selection, self._bound, self._noise)
+        carried: list[PrivateSteps] = []
+        if self._private is not None:
+            assert isinstance(mechanism, RecordLevel) and isinstance(release, PrivateStepsRelease)
+            carried = self._private.start(mechanism, release)
+        planned = plan.steps if mechanism.unit == "record" else plan.rounds
+        account = Account(self._open_ledger(), self.participant, mechanism, mechanism.event(plan), planned)
+        try:
+            for event in carried:
+                account.pay(0, event, 0, None)
+            return self._participant(layout, release, account)
+        except BaseException:
+            account.close()  # nobody else will
+            raise
+
+    def _participant(
+        self, layout: ParameterLayout, release: Release, account: Account | None = None
+    ) -> Participant:
         manifest = Manifest(layout.specs, self.quantity, release.max_fraction(layout.size), release.bound)
         return Participant(
             self.participant,

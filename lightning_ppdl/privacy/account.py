@@ -81,7 +81,8 @@ class Account:
         if count > self._left or self._ledger.revision != self._revision:
             # Settings are fixed in advance, so the number that fits is too: it is found once, not a release,
             # unless somebody else pays out of this ledger.
-            most = max(count, self._planned or 1)
+            # Where no end is planned the horizon doubles, so that this is not repeated at every step.
+            most = max(2 * count, self._planned or 0)
             self._revision = self._ledger.revision
             mechanism = self.mechanism
             self._left = affordable(
@@ -147,7 +148,7 @@ class Account:
     def require_untainted(self) -> None:
         """Raise TaintedStateError if this participant was trained on without noise."""
         reason = self._ledger.tainted(self.participant)
-        if reason is not None and self.mechanism.unit == "record":
+        if reason is not None:
             raise TaintedStateError(
                 f"participant {self.participant!r} was trained on without noise ({reason}): nothing that "
                 f"follows from its parameters and its optimizer's state may be released at the level of "

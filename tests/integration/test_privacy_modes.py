@@ -22,7 +22,7 @@ from strategy_harness import (
     url,
 )
 
-from lightning_ppdl import DSSGDStrategy, LargestValues
+from lightning_ppdl import DSSGDStrategy, LargestValues, RoundRobin
 from lightning_ppdl.backends.memory import MemoryBackend
 from lightning_ppdl.errors import (
     BudgetExhaustedError,
@@ -254,6 +254,37 @@ def test_steps_stay_unpaid_until_the_ledger_took_them(url: str, monkeypatch: pyt
     with pytest.raises(LedgerWriteError):
         fit(Tiny(), private(url, RECORD, ledger))
     assert [event.steps for event in ledger.events() if isinstance(event, PrivateSteps)] == [BATCHES]
+
+
+def test_a_ledger_that_fails_at_the_end_frees_the_turn_and_the_ledger(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = add_server(url, protocol=RoundRobin())
+    ledger = Ledger(None)
+
+    class Failing(Tiny):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if self.trainer.global_step == 2:
+                monkeypatch.setattr(Ledger, "record", full)
+                raise RuntimeError("a broken batch")
+            return super().training_step(batch, batch_idx)
+
+    def full(*_: Any) -> None:
+        raise LedgerWriteError("the disk is full")
+
+    with pytest.raises(LedgerWriteError):
+        fit(Failing(), private(url, RECORD, ledger))
+    monkeypatch.undo()
+    assert not any(member.present for member in server.status().members)
+    fit(Tiny(), DSSGDStrategy(url, "berta", privacy=SPARSE, ledger=ledger), epochs=1)
+
+
+def test_a_refused_selection_leaves_the_ledger_free(url: str) -> None:
+    add_server(url)
+    ledger = Ledger(None)
+    with pytest.raises(ConfigurationError, match="selects none"):
+        fit(Tiny(), private(url, GAUSSIAN, ledger, selection=LargestValues(1e-6)))
+    fit(Tiny(), private(url, GAUSSIAN, ledger), epochs=1)
 
 
 def test_the_spend_is_logged(url: str, tmp_path: Path) -> None:
