@@ -12,12 +12,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lightning_ppdl.errors import ConfigurationError, LedgerBehindError, LedgerError
+from lightning_ppdl.database import DatabaseFile, DatabaseKind
+from lightning_ppdl.errors import (
+    ConfigurationError,
+    LedgerBehindError,
+    LedgerError,
+    LedgerLockedError,
+    LedgerWriteError,
+)
 from lightning_ppdl.privacy.accounting import require_accountable
 from lightning_ppdl.privacy.events import PrivacyEvent, event_from_json
-from lightning_ppdl.privacy.ledger_file import LedgerFile
 
-_SCHEMA = """
+_KIND = DatabaseKind(
+    noun="ledger",
+    application=0x7070646C,  # "ppdl"
+    version=1,
+    journal_mode="DELETE",
+    in_use="a data set has one ledger, and one run at a time may spend from it; wait for that run, or end it",
+    damaged="Put its latest backup in its place and merge what checkpoints hold; a new, empty ledger would "
+    "forget what was spent",
+    unwritten="nothing may be sent",
+    error=LedgerError,
+    locked_error=LedgerLockedError,
+    write_error=LedgerWriteError,
+    schema="""
 CREATE TABLE entries (
     id TEXT PRIMARY KEY, study TEXT NOT NULL, participant TEXT NOT NULL, round INTEGER NOT NULL,
     event TEXT, released_values INTEGER NOT NULL, at REAL NOT NULL
@@ -28,7 +46,8 @@ CREATE TABLE unsent (
     message BLOB NOT NULL, PRIMARY KEY (study, participant)
 );
 CREATE TABLE taints (participant TEXT PRIMARY KEY, reason TEXT NOT NULL);
-"""
+""",
+)
 _COLUMNS = "id, study, participant, round, event, released_values, at"
 
 
@@ -121,7 +140,7 @@ class Ledger:
     """
 
     def __init__(self, path: str | Path | None) -> None:
-        self._file = LedgerFile(path, _SCHEMA)
+        self._file = DatabaseFile(path, _KIND)
         self.path = self._file.path
         self._revision = 0
         try:

@@ -133,7 +133,7 @@ def test_few_rooms_know_lightning() -> None:
 
 
 def test_privacy_needs_torch_numpy_and_its_extras() -> None:
-    may = rooms("privacy", "selection", "errors", "validation", "randomness", "records")
+    may = rooms("privacy", "selection", "errors", "validation", "randomness", "records", "database")
     for module in MODULES:
         if within(module, *rooms("privacy")):
             extras = {extra for extra, users in EXTRAS.items() if module in users}

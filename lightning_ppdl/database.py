@@ -1,4 +1,4 @@
-"""The file below a ledger: SQLite, one process at a time, each write on the disk before it returns."""
+"""A durable file: SQLite, one process at a time, each write on the disk before it returns."""
 
 from __future__ import annotations
 
@@ -7,44 +7,71 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
-from lightning_ppdl.errors import ConfigurationError, LedgerError, LedgerLockedError, LedgerWriteError
-from lightning_ppdl.privacy.lock import PathLock
+from lightning_ppdl.errors import ConfigurationError, PPDLError
+from lightning_ppdl.lock import PathHeldError, PathLock
 
-_APPLICATION = 0x7070646C
-"""SQLite's mark of whose file it is: "ppdl"."""
-_VERSION = 1
-"""Of the schema; an older package must not pass over what a later one wrote."""
 _REMEDIES = {
     "full": "the disk or the quota is full: free space, then go on",
     "permission": "there is no permission to read and write it, the .lock beside it and their directory: run "
     "as the user whom they belong to, or give the ledger another path",
-    "read-only": "it is read-only: every release is entered before it is sent, so the file and its directory "
-    "must be writable",
+    "read-only": "it is read-only: the file and its directory must be writable",
     "in use": "it is in use by another program or under another name: end that one",
     "disk": "free space or mend the disk, then go on",
 }
 
 
-class LedgerFile:
+@dataclass(frozen=True)
+class DatabaseKind:
+    """What a file is for, and what is said where it cannot be used.
+
+    Args:
+        noun: Its name in messages, and the argument's that gives its path: ``"ledger"``.
+        application: SQLite's mark of whose file it is.
+        version: Of the schema; an older package must not pass over what a later one wrote.
+        schema: SQL statements that make the tables of a new file.
+        journal_mode: SQLite's: ``"DELETE"`` for few writes, ``"WAL"`` for many.
+        in_use: What to do if another process holds it.
+        damaged: What to do with a damaged one.
+        unwritten: What follows from a write that failed.
+        error, locked_error, write_error: What is raised: for a file that cannot be used, that another process
+            holds, and for a failed write.
+    """
+
+    noun: str
+    application: int
+    version: int
+    schema: str
+    journal_mode: str
+    in_use: str
+    damaged: str
+    unwritten: str
+    error: type[PPDLError]
+    locked_error: type[PPDLError]
+    write_error: type[PPDLError]
+
+
+class DatabaseFile:
     """Transactions on the file at ``path``, or in memory for None. Thread-safe; not for forked children.
 
     Args:
         path: Made if missing.
-        schema: SQL statements that make the tables of a new file.
+        kind: What it is for.
     """
 
-    def __init__(self, path: str | Path | None, schema: str) -> None:
+    def __init__(self, path: str | Path | None, kind: DatabaseKind) -> None:
+        self._kind = kind
         # Another name of the same file must find the same lock.
         self.path = None if path is None else Path(path).resolve()
         if self.path is not None and not self.path.parent.is_dir():
             raise ConfigurationError(
-                f"ledger={str(path)!r}: there is no directory {self.path.parent}; make it first"
+                f"{kind.noun}={str(path)!r}: there is no directory {self.path.parent}; make it first"
             )
         if self.path is not None and self.path.is_dir():
-            raise ConfigurationError(f"ledger={str(path)!r} is a directory; name a file in it")
+            raise ConfigurationError(f"{kind.noun}={str(path)!r} is a directory; name a file in it")
         self._guard = RLock()
         self._process = os.getpid()
         self._closed = False
@@ -59,21 +86,21 @@ class LedgerFile:
             self._database = sqlite3.connect(
                 self.path or ":memory:", timeout=1.0, isolation_level=None, check_same_thread=False
             )
-            self._prepare(self._database, schema)
+            self._prepare(self._database)
             self._inode = self._find_inode()
         except BaseException as error:
             self.close()
+            if isinstance(error, PathHeldError):
+                raise kind.locked_error(f"the {kind.noun} {error}: {kind.in_use}") from error
             cause = _cause(error)
             if cause is not None:
-                kind = LedgerLockedError if cause == "in use" else LedgerError
-                raise kind(
-                    f"the ledger {self.path} cannot be opened ({error}): {_REMEDIES[cause]}"
+                raised = kind.locked_error if cause == "in use" else kind.error
+                raise raised(
+                    f"the {kind.noun} {self.path} cannot be opened ({error}): {_REMEDIES[cause]}"
                 ) from error
             if isinstance(error, sqlite3.DatabaseError | OSError):
-                raise LedgerError(
-                    f"{self.path} cannot be opened, is damaged or no ledger ({error}). Put its latest "
-                    f"backup in its place and merge what checkpoints hold; a new, empty ledger would forget "
-                    f"what was spent"
+                raise kind.error(
+                    f"{self.path} cannot be opened, is damaged or no {kind.noun} ({error}). {kind.damaged}"
                 ) from error
             raise
 
@@ -97,7 +124,7 @@ class LedgerFile:
         """No other thread reads or writes meanwhile.
 
         Raises:
-            LedgerError: if it is closed, or belongs to another process.
+            PPDLError: the kind's error, if it is closed, or belongs to another process.
         """
         self._require_usable()  # before the guard, which a forked child may find held for good
         with self._guard:
@@ -109,21 +136,23 @@ class LedgerFile:
         """The database, for queries.
 
         Raises:
-            LedgerError: if it is closed, belongs to another process, or cannot be read.
+            PPDLError: the kind's error, if it is closed, belongs to another process, or cannot be read.
         """
         with self.alone():
             assert self._database is not None  # it is usable
             try:
                 yield self._database
             except sqlite3.DatabaseError as error:
-                raise LedgerError(f"the ledger {self.path} cannot be read: {error}") from error
+                raise self._kind.error(
+                    f"the {self._kind.noun} {self.path} cannot be read: {error}"
+                ) from error
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: in the end all of it is on the disk, or nothing.
 
         Raises:
-            LedgerWriteError: if it could not be written.
+            PPDLError: the kind's error for it, if it could not be written.
         """
         with self.reading() as database:
             try:
@@ -136,16 +165,16 @@ class LedgerFile:
                 if database.in_transaction:
                     database.execute("ROLLBACK")
                 if isinstance(error, sqlite3.DatabaseError):
-                    raise LedgerWriteError(
-                        f"the ledger {self.path or 'in memory'} could not be written ({error}), so nothing "
-                        f"may be sent; {_REMEDIES[_cause(error) or 'disk']}"
+                    raise self._kind.write_error(
+                        f"the {self._kind.noun} {self.path or 'in memory'} could not be written ({error}), "
+                        f"so {self._kind.unwritten}; {_REMEDIES[_cause(error) or 'disk']}"
                     ) from error
                 raise
 
     def _require_usable(self) -> None:
         if self._database is None or self._closed or self._process != os.getpid():
             why = "was closed" if self._closed else "belongs to the process that opened it"
-            raise LedgerError(f"the ledger {self.path or 'in memory'} {why}; open it with Ledger(path)")
+            raise self._kind.error(f"the {self._kind.noun} {self.path or 'in memory'} {why}; open it again")
 
     def _find_inode(self) -> int | None:
         if self.path is None:
@@ -155,34 +184,36 @@ class LedgerFile:
         except OSError:
             return -1
 
-    def _prepare(self, database: sqlite3.Connection, schema: str) -> None:
-        execute = database.execute
+    def _prepare(self, database: sqlite3.Connection) -> None:
+        kind, execute = self._kind, database.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")
-        execute(f"PRAGMA journal_mode = {'MEMORY' if self.path is None else 'DELETE'}")
+        execute(f"PRAGMA journal_mode = {'MEMORY' if self.path is None else kind.journal_mode}")
         execute("PRAGMA synchronous = EXTRA")  # the file, and after it the directory
         if problems := [row[0] for row in execute("PRAGMA quick_check") if row[0] != "ok"]:
             raise sqlite3.DatabaseError(problems[0])
         version = execute("PRAGMA user_version").fetchone()[0]
         if version == 0 and not execute("SELECT 1 FROM sqlite_master").fetchone():
             execute("BEGIN IMMEDIATE")
-            for statement in schema.split(";")[:-1]:
+            for statement in kind.schema.split(";")[:-1]:
                 execute(statement)
-            execute(f"PRAGMA application_id = {_APPLICATION}")
-            execute(f"PRAGMA user_version = {_VERSION}")
+            execute(f"PRAGMA application_id = {kind.application}")
+            execute(f"PRAGMA user_version = {kind.version}")
             execute("COMMIT")
             if self.path is not None:
                 _sync_directory(self.path.parent)
             return
-        if execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
-            raise LedgerError(f"{self.path} is a database, but not a ledger; give the ledger another path")
-        if version != _VERSION:
-            raise LedgerError(
-                f"{self.path} was written by a later lightning_ppdl (ledger version {version}; this one "
-                f"reads {_VERSION}); upgrade lightning_ppdl"
+        if execute("PRAGMA application_id").fetchone()[0] != kind.application:
+            raise kind.error(
+                f"{self.path} is a database, but not a {kind.noun}; give the {kind.noun} another path"
+            )
+        if version != kind.version:
+            raise kind.error(
+                f"{self.path} was written by a later lightning_ppdl ({kind.noun} version {version}; this one "
+                f"reads {kind.version}); upgrade lightning_ppdl"
             )
         # A write that changes nothing: a disk that takes none is noticed here, not at the first release.
         execute("BEGIN IMMEDIATE")
-        execute(f"PRAGMA user_version = {_VERSION}")
+        execute(f"PRAGMA user_version = {kind.version}")
         execute("COMMIT")
 
 

@@ -6,14 +6,16 @@ import os
 import weakref
 from pathlib import Path
 
-from lightning_ppdl.errors import LedgerLockedError
-
 try:
     import fcntl
 except ImportError:  # Windows: SQLite's own exclusive lock is the only one there
     fcntl = None  # type: ignore[assignment]
 
 _held: weakref.WeakSet[PathLock] = weakref.WeakSet()
+
+
+class PathHeldError(OSError):
+    """Somebody else holds the lock."""
 
 
 class PathLock:
@@ -23,7 +25,7 @@ class PathLock:
     behind holds nobody up. A second holder in the same process is refused like one in another.
 
     Raises:
-        LedgerLockedError: naming the process that holds it.
+        PathHeldError: naming the process that holds it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,10 +36,7 @@ class PathLock:
             except OSError as error:
                 holder = os.read(self._file, 32).decode(errors="replace").strip() or "unknown"
                 self.release()
-                raise LedgerLockedError(
-                    f"the ledger {path} is in use by process {holder}: a data set has one ledger, and one "
-                    f"run at a time may spend from it; wait for that run, or end it"
-                ) from error
+                raise PathHeldError(f"{path} is in use by process {holder}") from error
         os.ftruncate(self._file, 0)
         os.write(self._file, str(os.getpid()).encode())
         _held.add(self)
