@@ -29,7 +29,7 @@ benchmarks: $(STAMP)  ## print what docs/benchmarks.md quotes; takes a while
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[privacy,exact,simulate,docs,dev]'
+	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[privacy,exact,simulate,network,docs,dev]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from support import paper_job, parser, print_table
 
+from lightning_ppdl import wire
 from lightning_ppdl.layout import ParameterLayout
 from lightning_ppdl.partition import IID
 from lightning_ppdl.records import DownloadRequest, Manifest, SparseUpdate
@@ -39,9 +40,11 @@ def server_bytes(manifest: Manifest, participants: int) -> int:
     server = ParameterServer(initial=initial)
     for number in range(participants):
         name = f"participant-{number}"
-        server.join(name, manifest)
-        base = server.download(DownloadRequest(name, 1.0)).version
-        server.upload(SparseUpdate(name, 1, base, indices, values), encoded_bytes=1)
+        session = server.join(name, manifest).session
+        message = server.download(session, DownloadRequest(1.0))
+        base = wire.decode_download(message, manifest.size).version
+        update = SparseUpdate(name, 1, base, indices, values)
+        server.upload(session, wire.encode_update(update, manifest.size))
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return after - before

@@ -57,8 +57,20 @@ class AdmissionError(PPDLError):
     """Base of the server's refusals. A refused request leaves the server's state untouched."""
 
 
+class AuthenticationError(AdmissionError):
+    """No certificate or token that the server knows, or one that belongs to another participant."""
+
+
+class LimitExceededError(AdmissionError):
+    """More than the server lets one participant, or all of them, have: members, uploads a minute, bytes."""
+
+
 class UnknownParticipantError(AdmissionError):
     """The participant has not joined, or is not among the members the server was given."""
+
+
+class SessionEndedError(UnknownParticipantError):
+    """The session is over: its participant left, or joined anew elsewhere, or the server is another one."""
 
 
 class JoinRefusedError(AdmissionError):
@@ -103,6 +115,18 @@ class TurnNotHeldError(AdmissionError):
 
 class LateUpdateError(TurnNotHeldError):
     """Under the synchronous protocol: the cycle for which the participant trained was closed without it."""
+
+
+class StateError(PPDLError):
+    """The server's state directory cannot be used: damaged, of another collaboration or a later version."""
+
+
+class StateLockedError(StateError):
+    """Another server holds the state directory."""
+
+
+class StateWriteError(StateError, ServerUnavailableError):
+    """What was to be made durable could not be written; nothing was changed, and it may be tried again."""
 
 
 class LedgerError(PPDLError):

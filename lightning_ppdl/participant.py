@@ -156,7 +156,7 @@ class Participant:
         # Who held a mixture so far, and asks for everything now (resumed with another theta_d), has no
         # whole vector that changes could be sent over.
         known = self._version if self._complete or self._download_fraction < 1 else None
-        message = self._backend.download(DownloadRequest(self.name, self._download_fraction, known))
+        message = self._backend.download(DownloadRequest(self._download_fraction, known))
         download = wire.decode_download(message, self.manifest.size)
         self._base = self._overwrite(local, download)
         self._version, self._complete = download.version, download.complete

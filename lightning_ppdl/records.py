@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from lightning_ppdl.errors import FingerprintMismatchError
 Vector = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 Quantity = Literal["change", "gradient"]
+ValueType = Literal["float32", "bfloat16", "float16"]
 
 
 def entries(fraction: float, size: int) -> int:
@@ -71,6 +72,18 @@ class Manifest:
         content = json.dumps([[asdict(spec) for spec in self.parameters], self.quantity])
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def to_primitives(self) -> dict[str, Any]:
+        """Strings and numbers only, for :meth:`from_primitives`."""
+        return asdict(self)
+
+    @classmethod
+    def from_primitives(cls, fields: dict[str, Any]) -> Manifest:
+        """The manifest that :meth:`to_primitives` gave."""
+        specs = tuple(
+            ParameterSpec(spec["name"], tuple(spec["shape"]), spec["dtype"]) for spec in fields["parameters"]
+        )
+        return cls(**{**fields, "parameters": specs})
+
     def require_same_parameters(self, joining: Manifest, server: str) -> None:
         """Raise unless ``joining`` shares exactly the parameters that this manifest names.
 
@@ -104,6 +117,7 @@ class Membership:
     """The server's answer to a join.
 
     Args:
+        session: Names the participant in its further requests, until it leaves or joins again. A secret.
         study: Identity of this collaboration; another one means that the server was made anew.
         version: Number of updates merged so far.
         last_round: The last round of this participant that was accepted, 0 if none.
@@ -111,6 +125,7 @@ class Membership:
         lease_seconds: How long a turn lasts without a sign of life.
     """
 
+    session: str
     study: str
     version: int
     last_round: int
@@ -123,16 +138,16 @@ class DownloadRequest:
     """Ask for a fraction of the parameters.
 
     Args:
-        participant: Who asks.
         fraction: theta_d, in (0, 1]; 1 asks for all of them.
         known_version: The version of the participant's last download, None if it has none. A
             request for all parameters with a known version promises that the participant still
             holds that version's whole vector, so that only what changed needs to be sent.
+        dtype: How the values travel.
     """
 
-    participant: str
     fraction: float
     known_version: int | None = None
+    dtype: ValueType = "float32"
 
 
 @dataclass(frozen=True)
@@ -170,15 +185,6 @@ class SparseUpdate:
     base_version: int
     indices: Indices
     values: Vector
-
-    @property
-    def digest(self) -> bytes:
-        """Content of the update in 16 bytes: tells a retry from another update of the same round."""
-        content = hashlib.blake2b(digest_size=16)
-        content.update(f"{self.participant}\0{self.round}\0{self.base_version}\0".encode())
-        content.update(self.indices.tobytes())
-        content.update(self.values.tobytes())
-        return content.digest()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from lightning_ppdl import wire
 from lightning_ppdl.backends.base import Backend, split_url
 from lightning_ppdl.errors import ConfigurationError, ServerClosedError, TurnTimeoutError
 from lightning_ppdl.records import (
@@ -34,6 +33,7 @@ def serve(url: str, server: ParameterServer) -> ParameterServer:
     name = _name(url)
     if not isinstance(server, ParameterServer) or server.closed:
         raise ConfigurationError(f"server={server!r} must be a ParameterServer that is not closed")
+    server.open()
     with _lock:
         running = _servers.get(name)
         if running is not None and running is not server and not running.closed:
@@ -91,22 +91,21 @@ class MemoryBackend(Backend):
         _name(url)
         self._given = server
         self._joined: ParameterServer | None = None
-        self._participant = ""
-        self._size = 0
+        self._participant = self._session = ""
         self._wait = wait or self._block
 
     def join(self, participant: str, manifest: Manifest) -> Membership:
         server = self._given or find(self.url)
         membership = server.join(participant, manifest, self.url)
-        self._joined, self._participant, self._size = server, participant, manifest.size
+        self._joined, self._participant, self._session = server, participant, membership.session
         return membership
 
     def offer_initial(self, vector: Vector) -> bool:
-        return self._server.offer_initial(self._participant, vector)
+        return self._server.offer_initial(self._session, vector)
 
     def take_turn(self, timeout_seconds: float) -> None:
         server = self._server
-        ready = partial(server.take_turn, self._participant)
+        ready = partial(server.take_turn, self._session)
         if not self._wait(ready, timeout_seconds, server.seconds_to_expiry):
             awaited = ", ".join(map(repr, server.status().awaited)) or "others to join"
             raise TurnTimeoutError(
@@ -115,22 +114,20 @@ class MemoryBackend(Backend):
             )
 
     def renew_turn(self) -> None:
-        self._server.renew_turn(self._participant)
+        self._server.renew_turn(self._session)
 
     def end_turn(self) -> None:
-        self._server.end_turn(self._participant)
+        self._server.end_turn(self._session)
 
     def download(self, request: DownloadRequest) -> bytes:
-        message = wire.encode_download(self._server.download(request))
-        self._server.count_download(len(message))
-        return message
+        return self._server.download(self._session, request)
 
     def upload(self, message: bytes) -> Receipt:
-        return self._server.upload(wire.decode_update(message, self._size), len(message))
+        return self._server.upload(self._session, message)
 
     def leave(self) -> None:
         if self._joined is not None:
-            self._joined.leave(self._participant)
+            self._joined.leave(self._session)
             self._joined = None
 
     def status(self) -> ServerStatus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from lightning_ppdl.errors import (
     FractionExceededError,
     IndexOutOfRangeError,
     JoinRefusedError,
+    LimitExceededError,
     MalformedUpdateError,
     MergeError,
     NonFiniteValueError,
@@ -24,7 +25,7 @@ from lightning_ppdl.errors import (
 from lightning_ppdl.records import Manifest, SparseUpdate, Vector, entries
 from lightning_ppdl.server.merge import MergeRule
 from lightning_ppdl.server.store import Change, Store
-from lightning_ppdl.validation import require_fraction, require_name, require_positive
+from lightning_ppdl.validation import require_count, require_fraction, require_name, require_positive
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,20 @@ class Terms:
         upload_fraction: theta_u in (0, 1].
         bound: gamma; None for any bound, and none.
         members: Names; None admits anyone.
+        max_members: The most that may ever join; None for any number.
     """
 
     upload_fraction: float = 1.0
     bound: float | None = None
     members: Sequence[str] | None = None
+    max_members: int | None = None
 
     def __post_init__(self) -> None:
         require_fraction("upload_fraction", self.upload_fraction)
         if self.bound is not None:
             require_positive("bound", self.bound)
+        if self.max_members is not None:
+            require_count("max_members", self.max_members)
         members = self.members
         if members is None:
             return
@@ -56,7 +61,9 @@ class Terms:
                 f"members={list(members)!r} must be a list that names each participant once"
             )
 
-    def check_join(self, participant: str, manifest: Manifest, rule: MergeRule, server: str) -> None:
+    def check_join(
+        self, participant: str, manifest: Manifest, rule: MergeRule, known: Collection[str], server: str
+    ) -> None:
         """Raise unless ``participant`` may join with what it declares.
 
         A fraction or bound that is NaN, which is neither above nor below anything, is refused.
@@ -65,17 +72,24 @@ class Terms:
             participant: Its name.
             manifest: What it declares.
             rule: What will merge its updates.
+            known: All that ever joined.
             server: The address it used, for error messages.
 
         Raises:
             UnknownParticipantError: if it is not among the members.
             JoinRefusedError: if it declares more than these terms, or what the rule cannot merge.
+            LimitExceededError: if it is one more than may join.
         """
         require_name("participant", participant)
         if self.members is not None and participant not in self.members:
             raise UnknownParticipantError(
                 f"participant={participant!r} is not among the members of {server!r}; ask its operator to "
                 f"add it"
+            )
+        if self.max_members is not None and participant not in known and len(known) >= self.max_members:
+            raise LimitExceededError(
+                f"participant={participant!r} is one more than the {self.max_members} that {server!r} takes; "
+                f"its operator can raise max_members"
             )
         if manifest.quantity not in rule.quantities:
             raise JoinRefusedError(

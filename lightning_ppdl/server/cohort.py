@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from lightning_ppdl.errors import LateUpdateError, TurnNotHeldError
 from lightning_ppdl.records import SparseUpdate
@@ -35,6 +36,8 @@ class Cohort(Turns):
         min_members: The first cycle does not begin before so many have entered; nor does the first one
             after everybody left.
     """
+
+    collects = True
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class Cohort(Turns):
         self._overdue: dict[str, float] = {}
         self._late: set[str] = set()
         self._mean: Mean | None = None
+        self._due: SparseUpdate | None = None
 
     @property
     def awaited(self) -> tuple[str, ...]:
@@ -151,7 +155,16 @@ class Cohort(Turns):
         if self._open and now > self._deadline:
             self._overdue = dict(self._leases)
             self._close_without(self._leases, f"not within {self._deadline_seconds:g} seconds")
-        return super().due()
+        due, self._due = self._due, None
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"expected": [*self._expected], "begun": self._begun, "cycle": self._cycle}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on between two cycles: what an open one had collected is not merged."""
+        self._expected = dict.fromkeys([*state["expected"], *self._expected])
+        self._begun, self._cycle = state["begun"], state["cycle"]
 
     def _begin(self) -> None:
         now = self._clock()

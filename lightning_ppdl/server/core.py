@@ -5,18 +5,24 @@ Every backend, in memory or over a network, talks to this class and to nothing b
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from lightning_ppdl import wire
 from lightning_ppdl.errors import (
     AdmissionError,
+    AuthenticationError,
     ConfigurationError,
     ServerClosedError,
-    UnknownParticipantError,
+    StateWriteError,
 )
 from lightning_ppdl.records import (
     Download,
@@ -29,18 +35,23 @@ from lightning_ppdl.records import (
     Vector,
 )
 from lightning_ppdl.server.admission import Terms, check_update
-from lightning_ppdl.server.books import Books, Member
+from lightning_ppdl.server.books import Books, Member, new_session
 from lightning_ppdl.server.download import DownloadCriterion, MostUpdated
+from lightning_ppdl.server.durability import Durability
 from lightning_ppdl.server.merge import MergeRule
 from lightning_ppdl.server.protocol import Asynchronous, ExchangeProtocol
+from lightning_ppdl.server.state import Accepted, JournalEntry, StateDirectory
 from lightning_ppdl.server.vector import SharedVector
 from lightning_ppdl.validation import require_fraction, require_positive
+
+log = logging.getLogger(__name__)
 
 
 class ParameterServer:
     """Holds the shared parameters of one collaboration.
 
-    Thread-safe; one request at a time reads or writes the parameters.
+    Thread-safe; one request at a time reads or writes the parameters. Whoever has joined is known by its
+    session from then on, and a participant has one session at a time.
 
     Args:
         protocol: The exchange protocol.
@@ -52,9 +63,12 @@ class ParameterServer:
             None lets the first participant that joins offer public ones.
         upload_fraction: The largest theta_u a participant may declare.
         bound: The largest bound (gamma) a participant may declare; None for any, and none.
+        max_members: The most participants that may ever join.
         lease_seconds: A turn ends after so long without a sign of life.
         seed: Of the order of ties in downloads.
         clock: Seconds, monotonic.
+        state: Where merges are made durable, to go on from after a restart; None keeps everything in
+            memory. Call :meth:`open` before the first request.
 
     Raises:
         ConfigurationError: for an argument that cannot work.
@@ -69,9 +83,11 @@ class ParameterServer:
         initial: Vector | str | Path | None = None,
         upload_fraction: float = 1.0,
         bound: float | None = None,
+        max_members: int | None = None,
         lease_seconds: float = 60.0,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        state: StateDirectory | None = None,
     ) -> None:
         self.protocol = Asynchronous() if protocol is None else protocol
         _require_kind("protocol", self.protocol, ExchangeProtocol)
@@ -79,7 +95,7 @@ class ParameterServer:
         _require_kind("merge", self.merge, MergeRule)
         self.criterion = MostUpdated() if criterion is None else criterion
         _require_kind("criterion", self.criterion, DownloadCriterion)
-        self._terms = Terms(upload_fraction, bound, members)
+        self._terms = Terms(upload_fraction, bound, members, max_members)
         self._clock = clock
         self._turns = self.protocol.make_turns(
             members or (), require_positive("lease_seconds", lease_seconds), clock
@@ -89,11 +105,35 @@ class ParameterServer:
         self.changed = threading.Condition(threading.RLock())
         """Notified whenever somebody who waits for a turn should look again."""
         self.closed = False
+        self._watchers: list[Callable[[], None]] = []
         self._vector = SharedVector(self.merge, self.criterion, initial, seed)
-        self._books = Books()
+        self._books = Books(clock)
+        self._dense: tuple[int, str, bytes] | None = None
+        self._state = state
+        self._durability: Durability | None = None
+
+    def open(self) -> None:
+        """Go on where the state directory's last server stopped; without one, or the second time, nothing.
+
+        Raises:
+            StateError: if the directory cannot be used.
+            ConfigurationError: if it belongs to a collaboration with other rules.
+        """
+        with self.changed:
+            if self._state is None or self._durability is not None:
+                return
+            self._state.open(after_commit=self._compact)
+            try:
+                durability = Durability(self._state, self._vector, self._books, self._turns)
+                self.study = durability.identify(self.study, protocol=self.protocol, merge=self.merge)
+                durability.restore(self._apply, self._clock())
+            except BaseException:
+                self._state.close()
+                raise
+            self._durability = durability
 
     def join(self, participant: str, manifest: Manifest, server: str = "this server") -> Membership:
-        """Enter the collaboration, or come back to it.
+        """Enter the collaboration, or come back to it; an earlier session of the same name ends.
 
         Args:
             participant: Its name; joining again under it continues its rounds.
@@ -104,17 +144,22 @@ class ParameterServer:
             FingerprintMismatchError: if it shares other parameters than the others.
             UnknownParticipantError: if it is not among the server's members.
             JoinRefusedError: if it declares more than the server agrees to.
+            LimitExceededError: if there are as many members as there may be.
+            StateWriteError: if it could not be made durable.
         """
         with self._request():
-            self._terms.check_join(participant, manifest, self.merge, server)
+            self._terms.check_join(participant, manifest, self.merge, self._books.members, server)
             self._vector.declare(manifest, server)
-            member = self._books.members.setdefault(participant, Member(manifest))
-            member.manifest = manifest
-            member.present = True
-            member.heard_at = self._clock()
+            before = self._books.members.get(participant)
+            member = Member(participant, manifest) if before is None else replace(before, manifest=manifest)
+            member.session, member.heard_at, member.waits_since = new_session(), self._clock(), None
+            if self._durability is not None:
+                self._durability.put(member)
+            self._books.enter(member)
             self._turns.enter(participant)
-            self.changed.notify_all()
+            self._notify()
             return Membership(
+                session=member.session,
                 study=self.study,
                 version=self._vector.version,
                 last_round=member.rounds,
@@ -122,100 +167,149 @@ class ParameterServer:
                 lease_seconds=self._turns.lease_seconds,
             )
 
-    def offer_initial(self, participant: str, vector: Vector) -> bool:
+    def participant(self, session: str) -> str:
+        """Whose session it is.
+
+        Raises:
+            SessionEndedError: if it is nobody's.
+        """
+        with self._request():
+            return self._books.present(session).name
+
+    def offer_initial(self, session: str, vector: Vector) -> bool:
         """Offer the first shared parameters, float32 (P,). Only the first offer is taken.
 
         Returns:
             Whether this one was.
         """
         with self._request():
-            member = self._member(participant)
-            return self._vector.fill(vector, member.manifest)
+            taken = self._vector.fill(vector, self._books.present(session).manifest)
+            if taken and self._durability is not None:
+                try:
+                    self._durability.snapshot()
+                except StateWriteError:
+                    self._vector.empty()
+                    raise
+            return taken
 
-    def take_turn(self, participant: str) -> bool:
+    def take_turn(self, session: str) -> bool:
         """Whether the participant may start its round now. Does not wait."""
         with self._request():
-            self._member(participant)
-            return self._turns.take(participant)
+            member = self._books.present(session)
+            taken = self._turns.take(member.name)
+            if not taken and member.waits_since is None:
+                member.waits_since = self._clock()
+            elif taken and member.waits_since is not None:
+                self._books.traffic.waited(self._clock() - member.waits_since)
+                member.waits_since = None
+            return taken
 
-    def renew_turn(self, participant: str) -> None:
+    def renew_turn(self, session: str) -> None:
         """Say that the participant is still at work on its round.
 
         Raises:
             TurnNotHeldError: if its lease ran out.
         """
         with self._request():
-            self._member(participant)
-            self._turns.renew(participant)
+            self._turns.renew(self._books.present(session).name)
 
-    def end_turn(self, participant: str) -> None:
+    def end_turn(self, session: str) -> None:
         """Pass the turn on without uploading."""
         with self._request():
-            self._member(participant)
-            self._turns.end(participant)
+            self._turns.end(self._books.present(session).name)
             self._merge_due()
-            self.changed.notify_all()
+            self._notify()
 
-    def download(self, request: DownloadRequest) -> Download:
-        """Read parameters; see :func:`lightning_ppdl.server.download.read`.
+    def download(self, session: str, request: DownloadRequest) -> bytes:
+        """Read parameters, encoded; see :func:`lightning_ppdl.server.download.read`.
 
         Raises:
             TurnNotHeldError: if the participant does not have the turn.
         """
         with self._request():
-            self._member(request.participant)
+            member = self._books.present(session)
             require_fraction("download fraction", request.fraction)
             # A deadline may have passed since the turn was taken; then this is the next one.
-            if not self._turns.take(request.participant):
-                self._turns.renew(request.participant)
-            return self._vector.read(request)
+            if not self._turns.take(member.name):
+                self._turns.renew(member.name)
+            message = self._encoded(self._vector.read(member.name, request), request)
+            self._books.traffic.download(len(message))
+            return message
 
-    def count_download(self, encoded_bytes: int) -> None:
-        """Enter the size of an encoded download in the books."""
-        with self.changed:
-            self._books.downloaded_bytes += encoded_bytes
+    def upload(self, session: str, message: bytes) -> Receipt:
+        """:meth:`submit`, and wait for the receipt."""
+        return self.submit(session, message).result()
 
-    def upload(self, update: SparseUpdate, encoded_bytes: int) -> Receipt:
+    def submit(self, session: str, message: bytes) -> Future[Receipt]:
         """Accept one round of one participant, exactly once, and end its turn.
 
-        The protocol says whether it is merged at once or with others'. The same update sent again is
+        The protocol says whether it is merged at once or with others'. The same message sent again is
         answered with the first receipt and not merged again.
+
+        Args:
+            session: The participant's.
+            message: An encoded update.
+
+        Returns:
+            The receipt, as soon as the upload is as durable as this server makes it.
 
         Raises:
             AdmissionError: one subclass for each reason to refuse; nothing is changed then.
         """
         with self._request():
-            member = self._member(update.participant)
-            if (receipt := member.answered(update)) is not None:
-                return receipt
+            member = self._books.present(session)
+            update = wire.decode_update(message, self._vector.size)
+            if update.participant != member.name:
+                raise AuthenticationError(
+                    f"update of participant {update.participant!r}: this session is {member.name!r}'s; nobody "
+                    f"uploads for another"
+                )
+            digest = hashlib.sha256(message).hexdigest()
+            if (answer := member.answered(update, digest)) is not None:
+                return answer
             context = self._vector.context(update)
             check_update(update, member.manifest, self._vector.version)
-            self._turns.renew(update.participant)
-            receipt = Receipt(update.round, self._vector.version + 1, context.staleness)
+            self._turns.renew(member.name)
             self._turns.collect(update, context)
-            self._merge_due()
-            self._books.accept(update, receipt, encoded_bytes)
-            self._turns.end(update.participant)
-            self.changed.notify_all()
-            return receipt
+            accepted = Accepted(member.name, update.round, update.base_version, digest, len(message))
+            if self._turns.collects:
+                answer = Future()
+                answer.set_result(self._accept(accepted, self._vector.version))
+                if self._durability is not None:
+                    self._durability.collected.append(accepted)
+                self._merge_due()
+                self._notify()
+                return answer
+            return self._merge_upload(
+                member, update, JournalEntry(message, (accepted,), self._turns.state_dict())
+            )
 
-    def leave(self, participant: str) -> None:
+    def leave(self, session: str) -> None:
         """Take no more turns. What was merged stays, and the participant may join again."""
         with self.changed:
-            member = self._books.members.get(participant)
-            if member is not None and member.present:
-                member.present = False
-                self._turns.leave(participant)
-                self.changed.notify_all()
-                if not self.closed:
-                    self._merge_due()
+            try:
+                member = self._books.present(session)
+            except AdmissionError:
+                return
+            left = replace(member, session="")
+            if self._durability is not None and not self.closed:
+                self._durability.put(left)
+            self._books.enter(left)
+            self._turns.leave(member.name)
+            self._notify()
+            if not self.closed:
+                self._merge_due()
 
     def close(self) -> None:
-        """End the collaboration: every later request raises ServerClosedError. What the synchronous
-        protocol has collected for a cycle that is still open is not merged."""
+        """Serve no more: every later request raises ServerClosedError. What the synchronous protocol has
+        collected for a cycle that is still open is not merged. A state directory is let go; another server
+        may go on from it."""
         with self.changed:
             self.closed = True
-            self.changed.notify_all()
+            self._notify()
+        # Not under the lock: what is on its way to the disk still has to be applied.
+        if self._state is not None:
+            self._state.close()
 
     @property
     def version(self) -> int:
@@ -234,21 +328,31 @@ class ParameterServer:
                 raise ConfigurationError("the server has no parameters before the first participant joins")
             return self._vector.copy()
 
+    def export(self) -> tuple[Manifest, bytes]:
+        """What is shared, and its parameters as one encoded download; needs no turn.
+
+        Raises:
+            JoinRefusedError: while there are none.
+        """
+        with self._request():
+            message = self._encoded(self._vector.read("", everything := DownloadRequest(1.0)), everything)
+            assert self._vector.manifest is not None  # there are parameters
+            return self._vector.manifest, message
+
     def status(self) -> ServerStatus:
         """Who is here, who is awaited, and the totals. No value of any parameter."""
         with self._look():
-            return self._books.status(
-                version=self._vector.version,
-                parameters=self._vector.size,
-                awaited=self._turns.awaited,
-                now=self._clock(),
-            )
+            return self._books.status(self._vector.version, self._vector.size, self._turns.awaited)
 
     def seconds_to_expiry(self) -> float:
         """Until a lease or a deadline runs out, and whoever waits for a turn should look again; inf for
         never."""
         with self.changed:
             return self._turns.expires_at - self._clock()
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have ``changed`` called, under the server's lock, whenever :attr:`changed` is notified."""
+        self._watchers.append(changed)
 
     @contextmanager
     def _look(self) -> Iterator[None]:
@@ -266,27 +370,85 @@ class ParameterServer:
                 raise ServerClosedError(
                     "the parameter server was closed; serve a new one under this name to go on"
                 )
+            if self._state is not None and self._durability is None:
+                raise ServerClosedError("the parameter server was not opened; call its open() first")
             try:
                 yield
             except AdmissionError as error:
-                self._books.rejections[type(error).__name__] += 1
+                self._books.traffic.reject(type(error).__name__)
                 raise
 
-    def _member(self, participant: str) -> Member:
-        member = self._books.members.get(participant)
-        if member is None or not member.present:
-            raise UnknownParticipantError(
-                f"participant {participant!r} has not joined, or left, or another of its name did; join"
-            )
-        member.heard_at = self._clock()
-        return member
+    def _notify(self) -> None:
+        self.changed.notify_all()
+        for watcher in self._watchers:
+            watcher()
+
+    def _encoded(self, download: Download, request: DownloadRequest) -> bytes:
+        if download.indices is not None:
+            return wire.encode_download(download)
+        # One copy for however many ask for the same version at the same time.
+        if self._dense is None or self._dense[:2] != (download.version, request.dtype):
+            message = wire.encode_download(download)
+            self._dense = (download.version, request.dtype, message)
+        return self._dense[2]
+
+    def _merge_upload(self, member: Member, update: SparseUpdate, entry: JournalEntry) -> Future[Receipt]:
+        """Merge an upload by itself, as soon as it is durable."""
+        answer: Future[Receipt] = Future()
+
+        def settle(problem: Exception | None) -> None:
+            receipt = None
+            with self.changed:
+                self._books.members[member.name].pending = None
+                try:
+                    if problem is None:
+                        (receipt,) = self._apply(entry, update)
+                except Exception as error:  # a merge rule's, and its uploader's to be told of
+                    problem = error
+            if receipt is not None:
+                answer.set_result(receipt)
+            else:
+                answer.set_exception(problem)
+
+        if self._durability is None:
+            settle(None)
+        else:
+            member.pending = (entry.accepted[0].digest, answer)
+            self._durability.state.append(entry, settle)
+        return answer
 
     def _merge_due(self) -> None:
-        """Merge what the protocol has ready, if anything."""
+        """Merge the mean of what the protocol has collected, if a cycle is complete."""
         update = self._turns.due()
-        if update is not None:
-            self._vector.merge(update)
-            self.changed.notify_all()
+        if update is None:
+            return
+        if self._durability is not None and not self._durability.write(update):
+            return
+        self._vector.merge(update)
+        self._compact()
+        self._notify()
+
+    def _apply(self, entry: JournalEntry, update: SparseUpdate) -> list[Receipt]:
+        """Merge what is in the journal, for the first time or again after a restart, and end the turns that
+        led to it."""
+        version = self._vector.version
+        self._vector.merge(update)
+        receipts = [self._accept(upload, version) for upload in entry.accepted]
+        for upload in entry.accepted:
+            self._turns.end(upload.participant)
+        self._notify()
+        return receipts
+
+    def _accept(self, upload: Accepted, version: int) -> Receipt:
+        """Enter ``upload`` as part of what changes ``version`` into the next one."""
+        receipt = Receipt(upload.round, version + 1, version - upload.base_version)
+        self._books.accept(upload, receipt)
+        return receipt
+
+    def _compact(self) -> None:
+        with self.changed:
+            if self._durability is not None:
+                self._durability.compact()
 
 
 def _require_kind(name: str, value: object, kind: type) -> None:

@@ -78,17 +78,20 @@ def read(
 
     A first download holds everything, whatever the fraction, so that all start from the same
     parameters. A complete one is sent dense or as what changed since, whichever is smaller.
+
+    Returns:
+        A download that may show the store's own array: encode it before the next merge.
     """
     size = len(store.parameters)
     known = request.known_version
     if known is None or known > store.version:
-        return Download(store.version, None, store.parameters.copy(), complete=True)
+        return Download(store.version, None, store.parameters, complete=True)
     complete = request.fraction == 1.0
     if complete:
         indices = np.flatnonzero(store.changed_at > known)
         # An index costs at most two bytes next to its value's four wherever sparse could pay at all.
         if 6 * len(indices) >= 4 * size:
-            return Download(store.version, None, store.parameters.copy(), complete=True)
+            return Download(store.version, None, store.parameters, complete=True)
     else:
         count = max(1, entries(request.fraction, size))
         indices = _highest(criterion.scores(store, known), count, generator)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from operator import itemgetter
+
 from lightning_ppdl.records import Indices, Vector
 
 
@@ -28,6 +31,14 @@ class History:
         while len(kept) > 2 and kept[-2][0] < version - horizon:
             kept.pop()
         self._copies = kept[::-1]
+
+    def state(self) -> dict[str, Vector]:
+        """The copies by version, for :meth:`restore`; not copied again."""
+        return {str(version): vector for version, vector in self._copies}
+
+    def restore(self, state: Mapping[str, Vector]) -> None:
+        """Go on from :meth:`state`."""
+        self._copies = sorted(((int(version), vector) for version, vector in state.items()), key=itemgetter(0))
 
     def at(self, version: int, indices: Indices) -> Vector:
         """The entries ``indices`` as they were at ``version``, float32 (k,); linear between two copies."""

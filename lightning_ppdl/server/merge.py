@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lightning_ppdl.errors import ConfigurationError
@@ -14,6 +16,10 @@ from lightning_ppdl.records import Quantity, SparseUpdate, Vector
 from lightning_ppdl.server.history import History
 from lightning_ppdl.server.store import Change
 from lightning_ppdl.validation import require_not_negative
+
+
+#: What a merge rule keeps, as numpy arrays by name.
+MergeState: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,14 @@ class MergeRule(ABC):
     @abstractmethod
     def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
         """What to add to the shared vector for an accepted ``update``."""
+
+    def state(self) -> MergeState:
+        """All that the rule has kept; a rule that keeps nothing need not say so. Not copied: use it up before
+        the next merge."""
+        return {}
+
+    def restore(self, state: MergeState) -> None:  # noqa: B027 - most rules keep nothing
+        """Go on from :meth:`state`, in another process: the same merges have the same results."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,9 @@ class StalenessWeighted(MergeRule):
     def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
         weight = np.float32((1 + context.staleness) ** -self.exponent)
         return Change(update.indices, update.values * weight)
+
+
+_PAST = "past."
 
 
 class Remainder(MergeRule):
@@ -125,6 +142,22 @@ class Remainder(MergeRule):
         remainder = np.maximum(reach * np.abs(update.values) - done, 0)
         return Change(indices, direction * remainder / root)
 
+    def state(self) -> MergeState:
+        if self._persistence is None:
+            return {}
+        past = {f"{_PAST}{version}": copy for version, copy in self._history.state().items()}
+        return {"persistence": self._persistence, "stalest": np.array(self._stalest), **past}
+
+    def restore(self, state: MergeState) -> None:
+        if not state:
+            return
+        self._persistence = np.array(state["persistence"])
+        self._stalest = int(state["stalest"])
+        self._history.restore({k.removeprefix(_PAST): v for k, v in state.items() if k.startswith(_PAST)})
+
+
+_INNER = "rule."
+
 
 class ServerMomentum(MergeRule):
     """Heavy-ball momentum over what another rule makes of the uploads: ``m = momentum * m + change``.
@@ -157,6 +190,17 @@ class ServerMomentum(MergeRule):
         self._velocity[slice(None) if change.indices is None else change.indices] += change.values
         return Change(None, self._velocity)
 
+    def state(self) -> MergeState:
+        inner = {f"{_INNER}{name}": array for name, array in self._rule.state().items()}
+        return inner if self._velocity is None else {"velocity": self._velocity, **inner}
+
+    def restore(self, state: MergeState) -> None:
+        self._velocity = np.array(state["velocity"]) if "velocity" in state else None
+        self._rule.restore({k.removeprefix(_INNER): v for k, v in state.items() if k.startswith(_INNER)})
+
+
+_KEPT = "optimizer."
+
 
 class ServerOptimizer(MergeRule):
     """A torch optimizer at the server, stepped once an upload.
@@ -178,9 +222,7 @@ class ServerOptimizer(MergeRule):
 
     def merge(self, update: SparseUpdate, context: MergeContext) -> Change:
         if self._parameter is None or self._optimizer is None:
-            self._parameter = torch.nn.Parameter(torch.empty(len(context.parameters)))
-            self._parameter.grad = torch.empty_like(self._parameter)
-            self._optimizer = self._make([self._parameter])
+            self._parameter, self._optimizer = self._begin(len(context.parameters))
         gradient = self._parameter.grad
         assert gradient is not None
         gradient.zero_()
@@ -190,3 +232,23 @@ class ServerOptimizer(MergeRule):
             self._parameter.copy_(torch.from_numpy(context.parameters))
         self._optimizer.step()
         return Change(None, self._parameter.detach().numpy() - context.parameters)
+
+    def state(self) -> MergeState:
+        if self._parameter is None or self._optimizer is None:
+            return {}
+        # Tensors and numbers (a step count) alike; groups and their settings come from the optimizer's maker.
+        kept = self._optimizer.state[self._parameter]
+        arrays = {name: np.asarray(value) for name, value in kept.items() if value is not None}
+        return {"size": np.array(self._parameter.numel()), **{f"{_KEPT}{k}": v for k, v in arrays.items()}}
+
+    def restore(self, state: MergeState) -> None:
+        if not state:
+            return
+        self._parameter, self._optimizer = self._begin(int(state["size"]))
+        kept = {k.removeprefix(_KEPT): torch.tensor(v) for k, v in state.items() if k.startswith(_KEPT)}
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": {0: kept} if kept else {}})
+
+    def _begin(self, size: int) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(torch.empty(size))
+        parameter.grad = torch.empty_like(parameter)
+        return parameter, self._make([parameter])

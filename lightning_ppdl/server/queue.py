@@ -6,6 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lightning_ppdl.errors import TurnNotHeldError
 from lightning_ppdl.server.turns import Turns
@@ -54,7 +55,15 @@ class Queue(Turns):
         return math.inf if self.current is None else math.nextafter(self._expires, math.inf)
 
     def enter(self, name: str) -> None:
-        """Let ``name`` take part. Who comes in the middle of a cycle, and had no turn in it, is last."""
+        """Let ``name`` take part. Who comes in the middle of a cycle, and had no turn in it, is last.
+
+        Who has the turn, and enters again, has to take it again: it may be another process than before.
+        """
+        if name == self.current:
+            self.held = False
+        self._expect(name)
+
+    def _expect(self, name: str) -> None:
         if name in self._roster and name not in self._away:
             return
         self._away.discard(name)
@@ -74,7 +83,7 @@ class Queue(Turns):
 
     def take(self, name: str) -> bool:
         self._expire()
-        self.enter(name)
+        self._expect(name)
         if self.current is None:
             self._pass_on()
         if self.current != name:
@@ -97,6 +106,26 @@ class Queue(Turns):
         if self.current == name:
             self._served.add(name)
             self._pass_on()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "roster": self._roster,
+            "away": sorted(self._away),
+            "queue": [*self._queue],
+            "served": sorted(self._served),
+            "cycle": self._cycle,
+            "current": self.current,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # Members that the server was given since then take their place at the end.
+        self._roster = list(dict.fromkeys([*state["roster"], *self._roster]))
+        self._away, self._served = set(state["away"]), set(state["served"])
+        self._queue, self._cycle = deque(state["queue"]), state["cycle"]
+        self.current = state["current"]
+        # It may be at work on its round, and what it is about to upload must not be lost with the restart.
+        self.held = True
+        self._expires = self._clock() + self.lease_seconds
 
     def _expire(self) -> None:
         """Take the turn from whoever was silent for longer than the lease."""

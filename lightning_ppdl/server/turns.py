@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 from lightning_ppdl.records import SparseUpdate
 from lightning_ppdl.server.merge import MergeContext
@@ -21,7 +22,6 @@ class Turns(ABC):
 
     def __init__(self, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
-        self._due: SparseUpdate | None = None
 
     @abstractmethod
     def enter(self, name: str) -> None:
@@ -47,19 +47,28 @@ class Turns(ABC):
     def end(self, name: str) -> None:
         """``name`` is done with its turn, if it has one."""
 
-    def collect(self, update: SparseUpdate, context: MergeContext) -> None:
-        """Take an accepted upload by a holder of the turn. Here: it is due at once, as it is.
+    collects: bool = False
+    """Whether uploads are collected, to be merged together when they are :meth:`due`; else each is merged by
+    itself, at once."""
+
+    def collect(self, update: SparseUpdate, context: MergeContext) -> None:  # noqa: B027
+        """Take an accepted upload by a holder of the turn, where uploads are collected.
 
         Raises:
             TurnNotHeldError: if the upload cannot be merged under this protocol any more.
         """
-        self._due = update
 
     def due(self) -> SparseUpdate | None:
-        """What is to be merged now, once. Called at the start of every request and after every change,
-        so this is also where time is looked at."""
-        due, self._due = self._due, None
-        return due
+        """What has been collected and is to be merged now, once. Called at the start of every request and
+        after every change, so this is also where time is looked at."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Strings, numbers, lists and dicts from which another process goes on: whose turn comes when."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - not all protocols have turns
+        """Go on from :meth:`state_dict`; whoever had the turn has it, with its lease begun anew."""
 
     @property
     def awaited(self) -> tuple[str, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from lightning_ppdl.errors import JoinRefusedError
 from lightning_ppdl.randomness import numpy_generator
@@ -12,6 +15,8 @@ from lightning_ppdl.server.download import DownloadCriterion, read
 from lightning_ppdl.server.merge import MergeContext, MergeRule
 from lightning_ppdl.server.store import MemoryStore, Store
 from lightning_ppdl.tensorfile import read_vector
+
+_RULE = "merge."
 
 
 class SharedVector:
@@ -33,6 +38,11 @@ class SharedVector:
         self._seed = seed
         self._manifest: Manifest | None = None
         self._store: Store | None = None
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What is shared; None before the first participant."""
+        return self._manifest
 
     @property
     def filled(self) -> bool:
@@ -76,9 +86,13 @@ class SharedVector:
         self._store = MemoryStore(check_vector(vector, manifest))
         return True
 
-    def read(self, request: DownloadRequest) -> Download:
+    def empty(self) -> None:
+        """Undo :meth:`fill`."""
+        self._store = None
+
+    def read(self, participant: str, request: DownloadRequest) -> Download:
         """Answer a download; see :func:`lightning_ppdl.server.download.read`."""
-        generator = numpy_generator(self._seed, "download", request.participant, self.version)
+        generator = numpy_generator(self._seed, "download", participant, self.version)
         return read(self._filled(), request, self._criterion, generator)
 
     def context(self, update: SparseUpdate) -> MergeContext:
@@ -102,6 +116,22 @@ class SharedVector:
         """float32 (P,)."""
         copied: Vector = self._filled().parameters.copy()
         return copied
+
+    def save(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+        """Everything but the manifest, for :meth:`restore`: a few numbers, and arrays that are not copied."""
+        store = self._filled()
+        arrays = {"parameters": store.parameters, "stat": store.stat, "changed_at": store.changed_at}
+        rule = {f"{_RULE}{name}": array for name, array in self._rule.state().items()}
+        return {"version": store.version, "increment": store.increment}, {**arrays, **rule}
+
+    def restore(self, numbers: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> None:
+        """Go on from :meth:`save`, once what is shared has been declared."""
+        self._store = MemoryStore(arrays["parameters"])
+        self._store.stat, self._store.changed_at = arrays["stat"], arrays["changed_at"]
+        self._store.version, self._store.increment = numbers["version"], numbers["increment"]
+        self._rule.restore(
+            {name.removeprefix(_RULE): a for name, a in arrays.items() if name.startswith(_RULE)}
+        )
 
     def _filled(self) -> Store:
         if self._store is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 import threading
@@ -20,7 +21,7 @@ from lightning_ppdl.server.protocol import RandomOrder, RoundRobin
 
 
 def download(backend: Backend, name: str, fraction: float = 1.0, known: int | None = None) -> Any:
-    return wire.decode_download(backend.download(DownloadRequest(name, fraction, known)), SIZE)
+    return wire.decode_download(backend.download(DownloadRequest(fraction, known)), SIZE)
 
 
 class ExchangeSuite(Served):
@@ -38,6 +39,40 @@ class ExchangeSuite(Served):
         np.testing.assert_array_equal(got.values, server.parameters())
         assert got.values[[0, 5]].tolist() == [5.0, 10.0]
         assert not download(anna, "anna", 0.1, known=0).complete
+
+    def test_a_download_is_a_snapshot(self) -> None:
+        self.add_server()
+        anna = self.member("anna")
+        messages = [anna.download(DownloadRequest(1.0)), anna.download(DownloadRequest(0.5, 0))]
+        anna.upload(encoded("anna", indices=range(SIZE)))
+        assert all(not wire.decode_download(message, SIZE).values.any() for message in messages)
+        assert download(anna, "anna").values.all()
+
+    def test_nobody_uploads_for_another(self) -> None:
+        server = self.add_server()
+        anna, _ = self.member("anna"), self.member("ben")
+        before = State(server)
+        with pytest.raises(errors.AuthenticationError, match="'anna'"):
+            anna.upload(encoded("ben"))
+        before.require_unchanged(server)
+        assert server.status().rejections == {"AuthenticationError": 1}
+
+    def test_joining_again_ends_the_earlier_session_and_what_it_held(self) -> None:
+        server = self.add_server(protocol=RoundRobin(), members=["anna", "ben"])
+        first = self.member("anna")
+        first.take_turn(1.0)
+        second = self.member("anna")
+        before = State(server)
+        for act in (lambda: first.upload(encoded("anna")), lambda: first.take_turn(1.0), first.renew_turn):
+            with pytest.raises(errors.SessionEndedError, match="another process joined"):
+                act()
+        # The turn is the participant's still, but this process has not downloaded for it.
+        with pytest.raises(errors.TurnNotHeldError):
+            second.upload(encoded("anna"))
+        before.require_unchanged(server)
+        first.leave()  # says nothing to the second
+        second.take_turn(1.0)
+        assert second.upload(encoded("anna")).version == 1
 
     def test_a_bad_request_for_a_download_is_refused(self) -> None:
         self.add_server()
@@ -228,7 +263,7 @@ class ExchangeSuite(Served):
         membership = self.connect().join("anna", MANIFEST)
         assert membership.last_round == 2 and membership.version == 2 and not membership.needs_initial
         # One that left may use the same connection again.
-        assert anna.join("anna", MANIFEST) == membership
+        assert dataclasses.replace(anna.join("anna", MANIFEST), session=membership.session) == membership
 
     def test_a_closed_server_refuses_everything_and_wakes_who_waits(self) -> None:
         server = self.add_server(protocol=RoundRobin())
@@ -265,7 +300,7 @@ class ExchangeSuite(Served):
         assert (server.status().parameters, server.status().awaited, server.status().members) == (0, (), ())
         anna, ben = self.member("anna"), self.member("ben")
         anna.take_turn(1.0)
-        message = anna.download(DownloadRequest("anna", 1.0))
+        message = anna.download(DownloadRequest(1.0))
         upload = encoded("anna")
         clock.now += 7
         anna.upload(upload)
@@ -279,18 +314,16 @@ class ExchangeSuite(Served):
         ]
 
     def test_a_participant_costs_the_server_no_vector(self) -> None:
-        size, participants = 100_000, 50
+        size, participants = 100_000, 200
         large = Manifest((ParameterSpec("w", (size,), "float32"),))
         server = self.add_server(initial=np.zeros(size, np.float32))
         server.join("first", large)
         tracemalloc.start()
         try:
             for i in range(participants):
-                server.join(f"p{i}", large)
-                server.download(DownloadRequest(f"p{i}", 1.0))
-                every = np.arange(size)
-                server.upload(update(f"p{i}", indices=every), encoded_bytes=0)
-                del every
+                session = server.join(f"p{i}", large).session
+                server.download(session, DownloadRequest(1.0))
+                server.upload(session, wire.encode_update(update(f"p{i}", indices=range(size)), size))
             grown, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

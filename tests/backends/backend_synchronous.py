@@ -24,7 +24,7 @@ NOT_NOW = 0.02
 
 
 def base(backend: Backend, name: str) -> int:
-    return wire.decode_download(backend.download(DownloadRequest(name, 1.0)), SIZE).version
+    return wire.decode_download(backend.download(DownloadRequest(1.0)), SIZE).version
 
 
 class SynchronousSuite(Served):
@@ -344,14 +344,15 @@ class SynchronousSuite(Served):
         size, participants = 100_000, 50
         large = Manifest((ParameterSpec("w", (size,), "float32"),))
         server = self.add_server(protocol=Synchronous(), initial=np.zeros(size, np.float32))
-        for i in range(participants):
-            server.join(f"p{i}", large)
-        assert all(server.take_turn(f"p{i}") for i in range(participants))
+        sessions = [server.join(f"p{i}", large).session for i in range(participants)]
+        assert all(server.take_turn(session) for session in sessions)
         every, values = np.arange(size), np.ones(size, np.float32)
         tracemalloc.start()
         try:
-            for i in range(participants - 1):
-                server.upload(update(f"p{i}", indices=every, values=values), encoded_bytes=0)
+            for i, session in enumerate(sessions[:-1]):
+                message = wire.encode_update(update(f"p{i}", indices=every, values=values), size)
+                server.upload(session, message)
+                del message
             grown, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lightning_ppdl.backends import Backend
 from lightning_ppdl.backends.memory import MemoryBackend
 from lightning_ppdl.server.core import ParameterServer
 from lightning_ppdl.server.protocol import RoundRobin
+from lightning_ppdl.server.state import StateDirectory
 
 _numbers = itertools.count()
 
@@ -36,6 +38,17 @@ class TestMemory(BackendSuite):
 
     def connect(self) -> Backend:
         return connect(self.url)
+
+
+class TestMemoryWithState(TestMemory):
+    """The same, with every merge on the disk before it happens."""
+
+    @pytest.fixture(autouse=True)
+    def _directory(self, tmp_path: Path) -> None:
+        self.path = tmp_path
+
+    def make_server(self, **settings: Any) -> ParameterServer:
+        return super().make_server(state=StateDirectory(self.path / f"state-{next(_numbers)}"), **settings)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def ask(
     known: int | None = 0,
     seed: int = 0,
 ) -> Download:
-    return read(store, DownloadRequest("anna", fraction, known), criterion, np.random.default_rng(seed))
+    return read(store, DownloadRequest(fraction, known), criterion, np.random.default_rng(seed))
 
 
 def chosen(download: Download) -> list[int]:
@@ -200,14 +200,6 @@ def test_dense_changes_are_downloaded_too() -> None:
     store.commit(Change(None, np.arange(4, dtype=np.float32)), np.array([1]), 1.0)
     np.testing.assert_array_equal(after(np.zeros(4, np.float32), ask(store, MostUpdated(), 1.0)), range(4))
     assert chosen(ask(store, MostUpdated(), 0.25)) == [1]
-
-
-def test_a_download_is_a_snapshot() -> None:
-    store = MemoryStore(np.zeros(4, np.float32))
-    full = ask(store, MostUpdated(), 1.0, known=None)
-    partial = ask(store, MostUpdated(), 0.5)
-    commit(store, range(4))
-    assert full.values.tolist() == [0.0] * 4 and partial.values.tolist() == [0.0] * 2
 
 
 @pytest.mark.parametrize("decay", [0, -0.5, 1.01, float("nan"), "1", True])

@@ -186,6 +186,8 @@ class AnyoneAnytime(RuleBasedStateMachine):
     def join(self, name: str) -> None:
         self.table.turns.enter(name)
         self.present.add(name)
+        if name == self.holder:  # perhaps another process: the turn is still its own, and must be taken again
+            self.holder = None
 
     @rule(name=names)
     def leave(self, name: str) -> None:

@@ -43,6 +43,9 @@ class Store(ABC):
     version: int
     """Number of commits so far."""
 
+    increment: float
+    """What the next upload of an entry adds to its stat."""
+
     @abstractmethod
     def commit(self, change: Change, uploaded: Indices, decay: float) -> int:
         """Add ``change``, count one upload of the entries ``uploaded``, and return the new version.
