@@ -66,8 +66,19 @@ class PlanConfig:
     privacy: Any = MISSING
 
 
+@dataclass
+class KeysConfig:
+    """``ppdl keys``."""
+
+    directory: str = MISSING
+    hosts: List[str] = field(default_factory=list)  # noqa: UP006
+    participants: List[str] = field(default_factory=list)  # noqa: UP006
+    days: int = MISSING
+
+
 def register() -> None:
     """Make the schemas known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="simulate_schema", node=SimulateConfig, provider="lightning_ppdl")
     store.store(name="plan_schema", node=PlanConfig, provider="lightning_ppdl")
+    store.store(name="keys_schema", node=KeysConfig, provider="lightning_ppdl")

@@ -45,6 +45,10 @@ class ServerUnavailableError(PPDLError):
     """The exchange did not reach the parameter server; it may be tried again."""
 
 
+class ServerFailedError(PPDLError):
+    """The server failed at a request; its operator finds the reason in its log."""
+
+
 class TurnTimeoutError(PPDLError):
     """The turn did not come within the time the participant was willing to wait."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from urllib.parse import SplitResult, urlsplit
 
 from lightning_ppdl.errors import ConfigurationError
@@ -14,6 +16,8 @@ from lightning_ppdl.records import (
     ServerStatus,
     Vector,
 )
+
+log = logging.getLogger(__name__)
 
 
 class Backend(ABC):
@@ -27,8 +31,13 @@ class Backend(ABC):
     :class:`~lightning_ppdl.errors.AdmissionError`.
     """
 
+    patience_seconds: float = 600.0
+    """How long a request that does not get through is tried again, where it can be."""
+
     def __init__(self, url: str) -> None:
         self.url = url
+        self.tell: Callable[[str], None] = log.warning
+        """Told, in words for people, of whatever makes this connection wait."""
 
     @abstractmethod
     def join(self, participant: str, manifest: Manifest) -> Membership:
@@ -59,7 +68,7 @@ class Backend(ABC):
         """Pass the turn on without an upload."""
 
     @abstractmethod
-    def download(self, request: DownloadRequest) -> bytes:
+    def download(self, request: DownloadRequest) -> bytes | bytearray:
         """Parameters as one encoded message (:func:`lightning_ppdl.wire.decode_download`)."""
 
     @abstractmethod
@@ -72,7 +81,11 @@ class Backend(ABC):
 
     @abstractmethod
     def status(self) -> ServerStatus:
-        """The server at a glance."""
+        """The server at a glance; needs no join."""
+
+    @abstractmethod
+    def export(self) -> tuple[Manifest, bytes | bytearray]:
+        """What is shared, and its present values as one encoded, complete download; needs no join."""
 
 
 def split_url(url: str) -> SplitResult:

@@ -23,6 +23,11 @@ def connect(url: str) -> Backend:
     parts = split_url(url)
     if parts.scheme == "memory":
         return MemoryBackend(url)
+    if parts.scheme in ("grpc", "grpcs"):
+        # Only now: it brings a library that others do without.
+        from lightning_ppdl.backends.grpc import GrpcBackend
+
+        return GrpcBackend(url)
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         if entry.name == parts.scheme:
             backend = entry.load()(url)
@@ -32,7 +37,12 @@ def connect(url: str) -> Backend:
                     f"not a lightning_ppdl Backend"
                 )
             return backend
-    known = ["memory", *sorted(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP))]
+    known = [
+        "memory",
+        "grpc",
+        "grpcs",
+        *sorted(entry.name for entry in entry_points(group=ENTRY_POINT_GROUP)),
+    ]
     raise ConfigurationError(
         f"server={url!r} must be a URL with one of the schemes {', '.join(known)}, e.g. 'memory://study'"
     )

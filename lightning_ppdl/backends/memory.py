@@ -133,6 +133,9 @@ class MemoryBackend(Backend):
     def status(self) -> ServerStatus:
         return (self._joined or self._given or find(self.url)).status()
 
+    def export(self) -> tuple[Manifest, bytes]:
+        return (self._joined or self._given or find(self.url)).export()
+
     @property
     def _server(self) -> ParameterServer:
         if self._joined is None:

@@ -11,6 +11,7 @@ from lightning_ppdl import __version__
 _COMMANDS = {
     "simulate": "many participants on one machine, from data to a picture of what they gain",
     "plan": "what a private run would cost and could learn, before it is run",
+    "keys": "certificates and tokens for trying out a server with TLS",
 }
 
 
@@ -45,5 +46,6 @@ def _help() -> str:
         f"  ppdl simulate selection.fraction=0.01      change a setting\n"
         f"  ppdl simulate --multirun seed=0,1,2        sweep\n"
         f"  ppdl simulate --cfg job                    show the configuration, run nothing\n"
-        f"  ppdl plan privacy=record rounds=[10,100]   what privacy would cost"
+        f"  ppdl plan privacy=record rounds=[10,100]   what privacy would cost\n"
+        f"  ppdl keys participants=[clinic-a,clinic-b] certificates and tokens for two"
     )

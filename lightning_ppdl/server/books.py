@@ -50,8 +50,8 @@ class Member:
             if self.pending[0] == digest:
                 return self.pending[1]
             raise LimitExceededError(
-                f"round {update.round} of participant {self.name!r} came before its last upload was answered; "
-                f"upload one round at a time"
+                f"round {update.round} of participant {self.name!r} came before its last upload was "
+                f"answered; upload one round at a time"
             )
         if update.round > self.rounds:
             return None

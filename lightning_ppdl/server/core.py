@@ -236,11 +236,11 @@ class ParameterServer:
             self._books.traffic.download(len(message))
             return message
 
-    def upload(self, session: str, message: bytes) -> Receipt:
+    def upload(self, session: str, message: bytes | bytearray) -> Receipt:
         """:meth:`submit`, and wait for the receipt."""
         return self.submit(session, message).result()
 
-    def submit(self, session: str, message: bytes) -> Future[Receipt]:
+    def submit(self, session: str, message: bytes | bytearray) -> Future[Receipt]:
         """Accept one round of one participant, exactly once, and end its turn.
 
         The protocol says whether it is merged at once or with others'. The same message sent again is
@@ -261,8 +261,8 @@ class ParameterServer:
             update = wire.decode_update(message, self._vector.size)
             if update.participant != member.name:
                 raise AuthenticationError(
-                    f"update of participant {update.participant!r}: this session is {member.name!r}'s; nobody "
-                    f"uploads for another"
+                    f"update of participant {update.participant!r}: this session is {member.name!r}'s; "
+                    f"nobody uploads for another"
                 )
             digest = hashlib.sha256(message).hexdigest()
             if (answer := member.answered(update, digest)) is not None:
@@ -339,6 +339,16 @@ class ParameterServer:
             assert self._vector.manifest is not None  # there are parameters
             return self._vector.manifest, message
 
+    @property
+    def size(self) -> int:
+        """P; 0 before the first participant."""
+        return self._vector.size
+
+    def count_rejection(self, error: AdmissionError) -> None:
+        """Enter a refusal that a service made before it asked this server."""
+        with self.changed:
+            self._books.traffic.reject(type(error).__name__)
+
     def status(self) -> ServerStatus:
         """Who is here, who is awaited, and the totals. No value of any parameter."""
         with self._look():
@@ -385,10 +395,10 @@ class ParameterServer:
 
     def _encoded(self, download: Download, request: DownloadRequest) -> bytes:
         if download.indices is not None:
-            return wire.encode_download(download)
+            return wire.encode_download(download, request.dtype)
         # One copy for however many ask for the same version at the same time.
         if self._dense is None or self._dense[:2] != (download.version, request.dtype):
-            message = wire.encode_download(download)
+            message = wire.encode_download(download, request.dtype)
             self._dense = (download.version, request.dtype, message)
         return self._dense[2]
 

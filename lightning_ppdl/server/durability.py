@@ -58,8 +58,8 @@ class Durability:
             if kept["rules"][name] != kind:
                 raise ConfigurationError(
                     f"{name}={kind}: the collaboration in state={str(self.state.path)!r} began with "
-                    f"{kept['rules'][name]}. Serve it with that, or begin another one in an empty directory, with "
-                    f"initial=FILE to start from what this one has learnt (ppdl export)"
+                    f"{kept['rules'][name]}. Serve it with that, or begin another one in an empty "
+                    f"directory, with initial=FILE to start from what this one has learnt (ppdl export)"
                 )
         return str(kept["id"])
 

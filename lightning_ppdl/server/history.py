@@ -38,7 +38,9 @@ class History:
 
     def restore(self, state: Mapping[str, Vector]) -> None:
         """Go on from :meth:`state`."""
-        self._copies = sorted(((int(version), vector) for version, vector in state.items()), key=itemgetter(0))
+        self._copies = sorted(
+            ((int(version), vector) for version, vector in state.items()), key=itemgetter(0)
+        )
 
     def at(self, version: int, indices: Indices) -> Vector:
         """The entries ``indices`` as they were at ``version``, float32 (k,); linear between two copies."""

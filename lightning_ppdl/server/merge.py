@@ -17,7 +17,6 @@ from lightning_ppdl.server.history import History
 from lightning_ppdl.server.store import Change
 from lightning_ppdl.validation import require_not_negative
 
-
 #: What a merge rule keeps, as numpy arrays by name.
 MergeState: TypeAlias = Mapping[str, npt.NDArray[Any]]
 

@@ -31,7 +31,7 @@ _KIND = DatabaseKind(
     version=1,
     journal_mode="WAL",
     in_use="one server at a time serves from it; end that one, or give another directory",
-    damaged="Put the latest backup of the directory in its place, or begin a new collaboration in another one",
+    damaged="Put the latest backup of the directory in its place, or begin a new collaboration in another",
     unwritten="nothing was changed",
     error=StateError,
     locked_error=StateLockedError,
@@ -75,7 +75,7 @@ class JournalEntry:
         turns: The state of the turns before it ends those of the uploads.
     """
 
-    message: bytes
+    message: bytes | bytearray
     accepted: tuple[Accepted, ...]
     turns: dict[str, Any]
 
@@ -97,12 +97,12 @@ class StateDirectory:
     """Makes a server's merges durable before they happen, and gives them back after a restart.
 
     A merge is entered into the journal, on the disk, before it is applied: no participant is ever shown, or
-    given a receipt for, what a restart would take back. Uploads that arrive together share one write. From time
-    to time a snapshot takes the journal's place, in one transaction.
+    given a receipt for, what a restart would take back. Uploads that arrive together share one write. From
+    time to time a snapshot takes the journal's place, in one transaction.
 
     Args:
         path: A directory, made if missing. One server at a time.
-        compact_bytes: The journal's size from which a snapshot takes its place; at least that of the snapshot.
+        compact_bytes: The journal's size from which a snapshot takes its place, if that is smaller.
 
     Raises:
         ConfigurationError: if ``path`` cannot be a directory.
@@ -182,7 +182,8 @@ class StateDirectory:
         """Store what is known of a member durably."""
         with self._opened.writing() as database:
             database.execute(
-                "INSERT INTO members VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET document = excluded.document",
+                "INSERT INTO members VALUES (?, ?) "
+                "ON CONFLICT (name) DO UPDATE SET document = excluded.document",
                 (name, json.dumps(value)),
             )
 

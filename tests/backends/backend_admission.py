@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backend_harness import MANIFEST, SIZE, Served, State, encoded, manifest, update
+from backend_harness import MANIFEST, SIZE, Served, State, encoded, manifest
 
 from lightning_ppdl import errors
-from lightning_ppdl.records import Manifest, Membership, ParameterSpec, SparseUpdate
+from lightning_ppdl.records import Manifest, Membership, ParameterSpec
 from lightning_ppdl.server.merge import ServerOptimizer
 
 

@@ -19,13 +19,15 @@ LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 
 # Optional extras, and the one file each that may import them.
 EXTRAS: dict[str, set[str]] = {
-    "grpc": set(),
+    "grpc": {f"{NAME}.backends.grpc", f"{NAME}.server.service"},
     "redis": set(),
     "ray": set(),
     "absl": {f"{NAME}.privacy.composition"},
+    "cryptography": {f"{NAME}.keys"},
     "dp_accounting": {f"{NAME}.privacy.composition"},
     "opacus": {f"{NAME}.privacy.record.layers"},
     "opendp": {f"{NAME}.privacy.samplers"},
+    "prometheus_client": {f"{NAME}.server.observe.metrics"},
     "randomgen": {f"{NAME}.privacy.noise"},
 }
 
