@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -16,16 +18,19 @@ from torch.optim import LBFGS, Optimizer
 from lightning_ppdl.errors import BudgetExhaustedError, ConfigurationError, TaintedStateError
 from lightning_ppdl.initial import Initial, initial_vector
 from lightning_ppdl.layout import ParameterLayout, Share
-from lightning_ppdl.participant import Participant, RoundReport
+from lightning_ppdl.participant import Participant
 from lightning_ppdl.privacy.account import Account
 from lightning_ppdl.privacy.mechanism import Mechanism
 from lightning_ppdl.records import Quantity
+from lightning_ppdl.round_report import RoundReport
+
+log = logging.getLogger(__name__)
 
 # Modules that were trained in this process without record-level noise: what follows from them is no
 # post-processing of private steps. A checkpoint says so of the modules of other processes.
 _noiseless_modules: WeakSet[pl.LightningModule] = WeakSet()
 
-_ON_PROGRESS_BAR = ("ppdl/round", "ppdl/uploaded_bytes", "ppdl/staleness", "ppdl/epsilon")
+_ON_PROGRESS_BAR = ("ppdl/round", "ppdl/uploaded_bytes", "ppdl/staleness", "ppdl/alone", "ppdl/epsilon")
 
 
 @runtime_checkable
@@ -58,9 +63,13 @@ class DSSGDCallback(pl.Callback):
     validation and checkpoints; so both see the participant's own parameters after local training. An
     epoch that is cut short ends its round at ``on_train_epoch_end``.
 
-    After each round it logs, as ``ppdl/...`` to every logger and in part to the progress bar, the
-    fields of :class:`~lightning_ppdl.participant.RoundReport`, whatever ``log_every_n_steps`` is; under a
-    privacy mechanism also ``epsilon``, the ledger's total, and ``epsilon_remaining``.
+    A round for which the server cannot be reached may be trained alone; what it waits for, and for how
+    long, is written above the progress bar.
+
+    After each round it logs, as ``ppdl/...`` to every logger and in part to the progress bar, ``alone`` (1
+    for such a round, else 0) and, of a round that was shared, the fields of
+    :class:`~lightning_ppdl.round_report.RoundReport`, whatever ``log_every_n_steps`` is; under a privacy
+    mechanism also ``epsilon``, the ledger's total, and ``epsilon_remaining``.
 
     Where the next round, or the next private step, would bring the ledger's total beyond the budget,
     training stops, or goes on alone: as the mechanism's ``on_exhausted`` says.
@@ -77,6 +86,7 @@ class DSSGDCallback(pl.Callback):
         self._steps_before_round = 0
         self._batches = 0
         self._warned = False
+        self._open = False
         self._alone = False
         self._noiseless = False
         self._resumed = False
@@ -93,6 +103,7 @@ class DSSGDCallback(pl.Callback):
         strategy = self._strategy
         self._layout = ParameterLayout(pl_module, strategy.share, strategy.share_buffers)
         self._participant = strategy.make_participant(self._layout)
+        self._participant.listen(partial(_tell, trainer))
         if strategy.quantity == "gradient" and any(isinstance(o, LBFGS) for o in trainer.optimizers):
             raise ConfigurationError(
                 "quantity='gradient' does not fit LBFGS, which evaluates several gradients a step; share "
@@ -100,7 +111,7 @@ class DSSGDCallback(pl.Callback):
             )
         if self._state is not None:
             self._participant.load_state_dict(self._state)
-        self._warned = self._alone = False
+        self._warned = self._open = self._alone = False
         account = self._participant.account
         if account is not None:
             self._check_private(trainer, pl_module, account)
@@ -130,13 +141,16 @@ class DSSGDCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         participant, layout = self._joined()
-        if not participant.in_round and not self._alone:
+        if not self._open and not self._alone:
             if participant.account is not None and participant.exhausted:
                 self._spend_no_more(trainer, participant.account)
                 return
-            layout.assign(participant.begin_round(layout.flatten()))
-            if not layout.exact:
-                participant.started_from(layout.flatten())
+            start = participant.begin_round(layout.flatten())
+            if start is not None:
+                layout.assign(start)
+                if not layout.exact:
+                    participant.started_from(layout.flatten())
+            self._open = True
             self._steps_before_round = trainer.global_step
             self._batches = 0
             self._warn_of_unshared(layout)
@@ -161,7 +175,7 @@ class DSSGDCallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         participant, _ = self._joined()
-        if not participant.in_round:
+        if not self._open:
             return
         self._batches += 1
         length = self._strategy.round_length
@@ -173,7 +187,7 @@ class DSSGDCallback(pl.Callback):
             account = participant.account
             if account is not None and participant.exhausted and account.mechanism.on_exhausted == "stop":
                 self._spend_no_more(trainer, account)
-        else:
+        elif participant.in_round:
             participant.keep_turn()
 
     def on_validation_batch_end(self, *_: Any) -> None:
@@ -184,14 +198,13 @@ class DSSGDCallback(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only an epoch cut short (max_steps, a timer, a batch-start hook returning -1) gets here
         # with its round open.
-        participant, _ = self._joined()
-        if participant.in_round and self._strategy.round_length == "epoch":
+        if self._open and self._strategy.round_length == "epoch":
             self._end_round(trainer, on_step=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Training that stops in the middle of a round of n steps still shares what it did.
         participant, _ = self._joined()
-        if participant.in_round:
+        if self._open:
             self._end_round(trainer, on_step=None)
         if participant.account is not None:
             rank_zero_info(f"the ledger of participant {participant.name!r}: {participant.account.spent()}")
@@ -290,12 +303,15 @@ class DSSGDCallback(pl.Callback):
 
     def _end_round(self, trainer: pl.Trainer, on_step: bool | None) -> None:
         participant, layout = self._joined()
+        self._open = False
         if not self._batches:
             participant.abandon_round()
             return
-        report = participant.end_round(layout.flatten())
-        self.reports.append(report)
-        metrics = {f"ppdl/{name}": float(value) for name, value in asdict(report).items()}
+        metrics = {"ppdl/alone": float(not participant.in_round)}
+        if participant.in_round:
+            report = participant.end_round(layout.flatten())
+            self.reports.append(report)
+            metrics |= {f"ppdl/{name}": float(value) for name, value in asdict(report).items()}
         if participant.account is not None and (trainer.loggers or trainer.progress_bar_callback is not None):
             metrics |= {f"ppdl/{name}": value for name, value in participant.account.metrics().items()}
         # Lightning drops on-step metrics of steps that log_every_n_steps passes over, and a round may
@@ -315,6 +331,13 @@ class DSSGDCallback(pl.Callback):
                     on_step=on_step,
                     on_epoch=not on_step,
                 )
+
+
+def _tell(trainer: pl.Trainer, line: str) -> None:
+    """A line for the user, above the progress bar where there is one."""
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.print(line)
+    log.warning("%s", line)
 
 
 def _loss_scale_overflowed(trainer: pl.Trainer, parameters: list[torch.nn.Parameter]) -> bool:

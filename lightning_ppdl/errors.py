@@ -49,6 +49,10 @@ class ServerFailedError(PPDLError):
     """The server failed at a request; its operator finds the reason in its log."""
 
 
+class UploadLostError(ServerUnavailableError):
+    """An upload is known never to have arrived, and is not to be sent again."""
+
+
 class TurnTimeoutError(PPDLError):
     """The turn did not come within the time the participant was willing to wait."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,42 +18,16 @@ from torch import Tensor
 from lightning_ppdl import wire
 from lightning_ppdl.backends import Backend
 from lightning_ppdl.errors import ServerUnavailableError, TurnNotHeldError
+from lightning_ppdl.outbox import Outbox
 from lightning_ppdl.privacy.account import Account
 from lightning_ppdl.privacy.release import Release
 from lightning_ppdl.randomness import torch_generator
-from lightning_ppdl.records import Download, DownloadRequest, Manifest, Receipt, SparseUpdate
+from lightning_ppdl.records import Download, DownloadRequest, Manifest, SparseUpdate, ValueType
+from lightning_ppdl.round_report import RoundReport
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What one round exchanged.
-
-    Args:
-        round: Counts from 1.
-        merged: Whether the server took the update.
-        uploaded_bytes, downloaded_bytes: Sizes of the encoded messages.
-        released_values: Entries released, merged or not.
-        uploaded_fraction: The same over all shared entries.
-        clamped_fraction: Share of the released values that the bound changed.
-        staleness: Updates of others merged in between; 0 where not merged.
-        update_norm: L2 norm of the released update.
-        exchange_seconds: Spent in download, release and upload.
-        wait_seconds: Spent waiting for the turn.
-    """
-
-    round: int
-    merged: bool
-    uploaded_bytes: int
-    downloaded_bytes: int
-    released_values: int
-    uploaded_fraction: float
-    clamped_fraction: float
-    staleness: int
-    update_norm: float
-    exchange_seconds: float
-    wait_seconds: float
+OnUnreachable = Literal["wait", "local", "fail"]
 
 
 class Participant:
@@ -68,6 +42,10 @@ class Participant:
         seed: Of orders and samples that need no secrecy.
         turn_timeout_seconds: The longest it waits for its turn.
         account: Pays for private releases; None where nothing is private.
+        on_unreachable: While the server cannot be reached, ``"wait"`` tries again, ``"local"`` trains round
+            after round alone, and ``"fail"`` raises.
+        unreachable_seconds: How long ``"wait"`` tries, and how long joining does unless it is to fail.
+        dtype: How values travel.
     """
 
     def __init__(
@@ -80,6 +58,9 @@ class Participant:
         seed: int = 0,
         turn_timeout_seconds: float = 3600.0,
         account: Account | None = None,
+        on_unreachable: OnUnreachable = "wait",
+        unreachable_seconds: float = 600.0,
+        dtype: ValueType = "float32",
     ) -> None:
         self.name = name
         self.manifest = manifest
@@ -89,10 +70,15 @@ class Participant:
         self._seed = seed
         self._turn_timeout_seconds = turn_timeout_seconds
         self.account = account
+        self._outbox = Outbox(backend, name, account)
+        self._on_unreachable = on_unreachable
+        self._unreachable_seconds = unreachable_seconds
+        self._dtype: ValueType = dtype
         self.round = 0
         """The last round begun."""
         self.in_round = False
-        self._rejoined = False
+        self._resumed = False
+        self._merged_ahead = 0
         self._study: str | None = None
         self._version: int | None = None
         self._base: Tensor | None = None
@@ -108,10 +94,18 @@ class Participant:
     def join(self) -> bool:
         """Join, or join again; rounds go on after the last one that the server or this side knows.
 
+        Rounds that were shared after the checkpoint that this participant goes on from are neither shared
+        again nor skipped: it trains them once more, alone.
+
         Returns:
             Whether the server has no parameters yet: then call :meth:`offer_initial`.
         """
+        patience = self._unreachable_seconds
+        # Nothing is known yet that a round could be trained alone from.
+        self._backend.patience_seconds = 0.0 if self._on_unreachable == "fail" else patience
         membership = self._backend.join(self.name, self.manifest)
+        self._backend.patience_seconds = patience if self._on_unreachable == "wait" else 0.0
+        resumed = self._resumed and membership.study == self._study
         if membership.study != self._study:
             if self._study is not None:
                 log.warning(
@@ -121,13 +115,21 @@ class Participant:
                 )
             # Another server: what was downloaded from the old one is no base for anything here.
             self._study, self._version, self._base = membership.study, None, None
-        self.round = max(self.round, membership.last_round)
+            self._outbox.unsent = None
+        known = membership.last_round
         if self.account is not None:
-            known = self.account.resume(membership.study, membership.last_round)
+            known = max(known, self.account.resume(membership.study, known))
+            self._outbox.restore()
+        if resumed:
+            self._merged_ahead = max(0, known - self.round)
+        else:
             self.round = max(self.round, known)
-        self._rejoined = True
         self._renew_seconds = membership.lease_seconds / 4
         return membership.needs_initial
+
+    def listen(self, tell: Callable[[str], None]) -> None:
+        """Have ``tell`` called, with words for people, whenever the server keeps this participant waiting."""
+        self._backend.tell = tell
 
     def offer_initial(self, vector: Tensor) -> bool:
         """Offer the first shared parameters, float32 (P,): they leave as they are.
@@ -137,26 +139,45 @@ class Participant:
         """
         return self._backend.offer_initial(vector.cpu().numpy())
 
-    def begin_round(self, local: Tensor) -> Tensor:
+    def begin_round(self, local: Tensor) -> Tensor | None:
         """Wait for the turn and download.
 
         Args:
             local: float32 (P,): this participant's parameters now.
 
         Returns:
-            float32 (P,): the parameters to start local training from, on ``local``'s device.
+            float32 (P,): the parameters to start local training from, on ``local``'s device; None for a
+            round that is trained alone: the server cannot be reached, or has this round already.
+
+        Raises:
+            ServerUnavailableError: if the server cannot be reached, and that is not to be gone on without.
         """
+        if self._merged_ahead:
+            self._merged_ahead -= 1
+            self.round += 1
+            self._backend.tell(
+                f"round {self.round} of participant {self.name!r} was shared before the restart: it is "
+                f"trained once more, alone"
+            )
+            return None
+        try:
+            return self._download(local)
+        except ServerUnavailableError as error:
+            if self._on_unreachable != "local":
+                raise
+            self._backend.tell(f"{error}; participant {self.name!r} trains this round alone")
+            return None
+
+    def _download(self, local: Tensor) -> Tensor:
         started = time.perf_counter()
-        if self._rejoined:
-            self._rejoined = False
-            self._resend()
+        self._outbox.send_again(self._turn_timeout_seconds)
         self._backend.take_turn(self._turn_timeout_seconds)
         self._wait_seconds = time.perf_counter() - started
         self._renewed_at = started = time.perf_counter()
         # Who held a mixture so far, and asks for everything now (resumed with another theta_d), has no
         # whole vector that changes could be sent over.
         known = self._version if self._complete or self._download_fraction < 1 else None
-        message = self._backend.download(DownloadRequest(self._download_fraction, known))
+        message = self._backend.download(DownloadRequest(self._download_fraction, known, self._dtype))
         download = wire.decode_download(message, self.manifest.size)
         self._base = self._overwrite(local, download)
         self._version, self._complete = download.version, download.complete
@@ -221,11 +242,11 @@ class Participant:
             released.indices.cpu().numpy(),
             np.ascontiguousarray(released.values.cpu().numpy()),
         )
-        message = wire.encode_update(update, self.manifest.size)
+        message = wire.encode_update(update, self.manifest.size, self._dtype)
         if self.account is not None:
             self.account.pay(self.round, released.event, len(update.indices), message)
             self._release.paid()
-        receipt = self._send(message)
+        receipt = self._outbox.send(message)
         self.in_round = False
         self._exchange_seconds += time.perf_counter() - started
         return RoundReport(
@@ -245,9 +266,13 @@ class Participant:
     def abandon_round(self) -> None:
         """Give the turn back without uploading; the round's number is used again."""
         if self.in_round:
+            self._forget_open_round()
+            self._backend.end_turn()
+
+    def _forget_open_round(self) -> None:
+        if self.in_round:
             self.in_round = False
             self.round -= 1
-            self._backend.end_turn()
 
     @property
     def exhausted(self) -> bool:
@@ -256,7 +281,7 @@ class Participant:
 
     def leave(self) -> None:
         """Leave the collaboration; :meth:`join` comes back to it."""
-        self.in_round = False
+        self._forget_open_round()
         try:
             if self.account is not None and (event := self._release.unpaid()) is not None:
                 self.account.pay(self.round, event, 0, None)
@@ -269,9 +294,12 @@ class Participant:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives from which :meth:`load_state_dict` continues after a round's end."""
+        unsent = self._outbox.unsent if self.account is None else None  # else its ledger keeps it
         return {
             "study": self._study,
-            "round": self.round,
+            # One that is open has not been shared: it is begun anew.
+            "round": self.round - self.in_round,
+            "unsent": None if unsent is None else torch.frombuffer(bytearray(unsent), dtype=torch.uint8),
             "version": self._version,
             "base": self._base,
             "complete": self._complete,
@@ -282,6 +310,9 @@ class Participant:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._study, self.round = state["study"], state["round"]
         self._version, self._base, self._complete = state["version"], state["base"], state["complete"]
+        self._resumed = True
+        if (unsent := state.get("unsent")) is not None:
+            self._outbox.unsent = unsent.numpy().tobytes()
         if self.account is not None:
             self.account.merge_primitives(state["ledger"])
 
@@ -296,23 +327,3 @@ class Participant:
         start = held.to(local.device, copy=True)
         start[torch.from_numpy(download.indices).to(local.device)] = values
         return start
-
-    def _resend(self) -> None:
-        """Upload what an earlier life of this participant released and may not have sent: those bytes."""
-        message = None if self.account is None else self.account.unsent()
-        if message is not None:
-            log.info("participant %r: uploading what was released before the restart", self.name)
-            self._backend.take_turn(self._turn_timeout_seconds)
-            self._send(message)
-
-    def _send(self, message: bytes) -> Receipt | None:
-        try:
-            receipt = self._backend.upload(message)
-        except (TurnNotHeldError, ServerUnavailableError) as error:
-            log.warning("participant %r: round %d was not merged: %s", self.name, self.round, error)
-            if isinstance(error, ServerUnavailableError):
-                return None  # perhaps it arrived: the ledger keeps the bytes until the next release
-            receipt = None
-        if self.account is not None:
-            self.account.settled()
-        return receipt

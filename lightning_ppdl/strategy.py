@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -21,7 +21,7 @@ from lightning_ppdl.callbacks import DSSGDCallback
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.initial import Initial, check_initial
 from lightning_ppdl.layout import ParameterLayout, Share
-from lightning_ppdl.participant import Participant
+from lightning_ppdl.participant import OnUnreachable, Participant
 from lightning_ppdl.privacy.account import Account
 from lightning_ppdl.privacy.events import PrivateSteps
 from lightning_ppdl.privacy.ledger import Ledger
@@ -30,11 +30,13 @@ from lightning_ppdl.privacy.noise import NoiseSource, SecretNoise
 from lightning_ppdl.privacy.record.record_level import PrivateStepsRelease, RecordLevel
 from lightning_ppdl.privacy.release import PlainRelease, Release
 from lightning_ppdl.private_training import PrivateTraining
-from lightning_ppdl.records import Manifest, Quantity
+from lightning_ppdl.records import Manifest, Quantity, ValueType
 from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.validation import (
+    require_choice,
     require_fraction,
     require_name,
+    require_not_negative,
     require_positive,
     require_round_length,
 )
@@ -70,6 +72,12 @@ class DSSGDStrategy(SingleDeviceStrategy):
             ``.safetensors`` file, or ``"own"``, this module's parameters, which leave un-noised.
         seed: Of this participant's random selections.
         turn_timeout_seconds: The longest it waits for its turn.
+        on_unreachable: What to do while the server cannot be reached: ``"wait"`` and try again, train
+            round after round alone (``"local"``), or ``"fail"``. What was released and not answered is sent
+            again when it does answer. Noise that a mechanism adds to training is added all along.
+        unreachable_seconds: The longest that ``"wait"`` waits before it fails.
+        transfer_dtype: How values travel, both ways: ``"float32"``, or in half of the bytes ``"bfloat16"`` or
+            ``"float16"``.
 
     Raises:
         ConfigurationError: for an argument that cannot work, when the strategy is made or, where it
@@ -102,6 +110,9 @@ class DSSGDStrategy(SingleDeviceStrategy):
         initial: Initial = 0,
         seed: int = 0,
         turn_timeout_seconds: float = 3600.0,
+        on_unreachable: OnUnreachable = "wait",
+        unreachable_seconds: float = 600.0,
+        transfer_dtype: ValueType = "float32",
     ) -> None:
         super().__init__()
         server = server if server is not None else _from_environment("server", "PPDL_SERVER")
@@ -126,8 +137,7 @@ class DSSGDStrategy(SingleDeviceStrategy):
             self._private = PrivateTraining(privacy, self._noise)
         self.download_fraction = require_fraction("download_fraction", download_fraction)
         self.round_length = require_round_length(round_length)
-        if quantity not in ("change", "gradient"):
-            raise ConfigurationError(f"quantity={quantity!r} must be 'change' or 'gradient'")
+        require_choice("quantity", quantity, get_args(Quantity))
         if quantity == "gradient" and share_buffers is not None:
             raise ConfigurationError("share_buffers needs quantity='change': buffers have no gradients")
         self.quantity = quantity
@@ -148,6 +158,9 @@ class DSSGDStrategy(SingleDeviceStrategy):
             raise ConfigurationError(f"seed={seed!r} must be a whole number")
         self.seed = seed
         self.turn_timeout_seconds = require_positive("turn_timeout_seconds", turn_timeout_seconds)
+        self.on_unreachable = require_choice("on_unreachable", on_unreachable, get_args(OnUnreachable))
+        self.unreachable_seconds = require_not_negative("unreachable_seconds", unreachable_seconds)
+        self.transfer_dtype = require_choice("transfer_dtype", transfer_dtype, get_args(ValueType))
         self._callback = DSSGDCallback()
         self._fitted: _Fitted | None = None
         self._opened: Ledger | None = None
@@ -196,6 +209,9 @@ class DSSGDStrategy(SingleDeviceStrategy):
             self.seed,
             self.turn_timeout_seconds,
             account,
+            self.on_unreachable,
+            self.unreachable_seconds,
+            self.transfer_dtype,
         )
 
     def _open_ledger(self) -> Ledger:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, TypeVar
 
 from lightning_ppdl.errors import ConfigurationError
+
+Choice = TypeVar("Choice")
 
 
 def require_fraction(name: str, value: float) -> float:
@@ -35,6 +38,14 @@ def require_count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ConfigurationError(f"{name}={value!r} must be a whole number, 1 or more")
     return int(value)
+
+
+def require_choice(name: str, value: Choice, choices: Sequence[str]) -> Choice:
+    """Return ``value`` if it is one of ``choices``, at least two."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ConfigurationError(f"{name}={value!r} must be {', '.join(others)} or {last}")
+    return value
 
 
 def require_name(name: str, value: str) -> str:

@@ -39,6 +39,7 @@ from lightning_ppdl.server.books import Books, Member, new_session
 from lightning_ppdl.server.download import DownloadCriterion, MostUpdated
 from lightning_ppdl.server.durability import Durability
 from lightning_ppdl.server.merge import MergeRule
+from lightning_ppdl.server.observe.status import ServiceStatus
 from lightning_ppdl.server.protocol import Asynchronous, ExchangeProtocol
 from lightning_ppdl.server.state import Accepted, JournalEntry, StateDirectory
 from lightning_ppdl.server.vector import SharedVector
@@ -97,6 +98,7 @@ class ParameterServer:
         _require_kind("criterion", self.criterion, DownloadCriterion)
         self._terms = Terms(upload_fraction, bound, members, max_members)
         self._clock = clock
+        self._started = clock()
         self._turns = self.protocol.make_turns(
             members or (), require_positive("lease_seconds", lease_seconds), clock
         )
@@ -353,6 +355,24 @@ class ParameterServer:
         """Who is here, who is awaited, and the totals. No value of any parameter."""
         with self._look():
             return self._books.status(self._vector.version, self._vector.size, self._turns.awaited)
+
+    def observe(self) -> ServiceStatus:
+        """The same and more, for the status page and the metrics."""
+        with self._look():
+            status = self._books.status(self._vector.version, self._vector.size, self._turns.awaited)
+            return ServiceStatus(
+                protocol=type(self.protocol).__name__,
+                merge=type(self.merge).__name__,
+                study=self.study,
+                version=status.version,
+                parameters=status.parameters,
+                started_seconds_ago=self._clock() - self._started,
+                awaited=status.awaited,
+                members=status.members,
+                traffic=self._books.traffic.snapshot(),
+                journal_bytes=None if self._durability is None else self._durability.state.journal_bytes,
+                durable=self._durability is not None,
+            )
 
     def seconds_to_expiry(self) -> float:
         """Until a lease or a deadline runs out, and whoever waits for a turn should look again; inf for

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lightning_ppdl.backends.memory import MemoryBackend
-from lightning_ppdl.errors import ServerUnavailableError, TurnNotHeldError
+from lightning_ppdl.errors import TurnNotHeldError, UploadLostError
 from lightning_ppdl.records import Receipt
 from lightning_ppdl.server.core import ParameterServer
 from lightning_ppdl.simulation.scheduler import Scheduler
@@ -48,7 +48,7 @@ class SimulatedLink(MemoryBackend):
         if self._generator.random() < self._drop_probability:
             self.end_turn()
             self._after_upload(None)
-            raise ServerUnavailableError("the simulated link dropped this upload")
+            raise UploadLostError("the simulated link dropped this upload")
         try:
             receipt = super().upload(message)
         except TurnNotHeldError:

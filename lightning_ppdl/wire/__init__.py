@@ -1,8 +1,9 @@
 """Records to bytes and back. What this package makes is what travels, and what byte counts count.
 
 A message is a fixed header, the participant's name, a block of indices (:mod:`.indices`; none where every
-entry is sent), and a block of values (:mod:`.values`). Nothing needs torch. The same record always becomes
-the same bytes. What is decoded owns its memory, may be written to, and does not keep the message alive.
+entry is sent), and a block of values (:mod:`.values`). Nothing needs torch. The same record becomes the same
+bytes, in every thread, for as long as zstandard's version stays. What is decoded owns its memory, may be
+written to, and does not keep the message alive.
 
 Decoding trusts nothing: whatever is no well-formed message raises MalformedUpdateError, and the memory that
 is taken on the way stays within a small multiple of what ``size`` entries need.
@@ -140,7 +141,7 @@ def encode_download(download: Download, dtype: ValueType = "float32") -> bytes:
     """Encode a download, its values as ``dtype``; dense where ``indices`` is None.
 
     Raises:
-        As :func:`encode_update`.
+        UnsortedIndicesError, MalformedUpdateError, ConfigurationError: as :func:`encode_update` does.
     """
     indices, values = download.indices, download.values
     if indices is not None and len(indices) != len(values):
@@ -186,7 +187,7 @@ def _encode(
     values: Vector,
     dtype: ValueType,
 ) -> bytes:
-    planes, value_block = encode_values(values, dtype)
+    planes, value_parts = encode_values(values, dtype)
     index_block = b"" if indices is None else encode_indices(indices)
     header = _Header(
         magic=_MAGIC,
@@ -202,7 +203,7 @@ def _encode(
         entries=len(values),
         index_bytes=len(index_block),
     )
-    return b"".join([_HEADER.pack(*header), name, index_block, value_block])
+    return b"".join([_HEADER.pack(*header), name, index_block, *value_parts])
 
 
 def _read_header(message: memoryview, kind: _Kind) -> tuple[_Header, str, int]:
@@ -212,8 +213,8 @@ def _read_header(message: memoryview, kind: _Kind) -> tuple[_Header, str, int]:
     header = _Header._make(_HEADER.unpack_from(message))
     if header[:3] != (_MAGIC, FORMAT_VERSION, kind):
         raise MalformedUpdateError(
-            f"not {'an update' if kind is _Kind.UPDATE else 'a download'} message of format {FORMAT_VERSION}: "
-            f"it starts with {bytes(message[:6])!r}"
+            f"not {'an update' if kind is _Kind.UPDATE else 'a download'} message of format "
+            f"{FORMAT_VERSION}: it starts with {bytes(message[:6])!r}"
         )
     if header.dtype >= len(VALUE_TYPES) or max(header.planes, header.complete, header.dense) > 1:
         raise MalformedUpdateError(f"message header holds what no format {FORMAT_VERSION} has: {header}")

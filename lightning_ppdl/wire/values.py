@@ -22,12 +22,14 @@ from lightning_ppdl.records import ValueType, Vector
 from lightning_ppdl.wire.frames import code_entropy, unpack
 
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
+# Large parts are copied once, into the message.
+Part = bytes | memoryview
 _Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _LARGEST_HALF = 65504.0
 
 
-def encode_values(values: Vector, dtype: ValueType) -> tuple[bool, bytes]:
-    """float32 (k,) to (whether the block is in planes, block).
+def encode_values(values: Vector, dtype: ValueType) -> tuple[bool, list[Part]]:
+    """float32 (k,) to (whether the block is in planes, the block in parts that are yet to be joined).
 
     Rounding is to the nearest, ties to even. Where that would take a magnitude beyond the largest one given,
     it is towards zero: a bound on the values given also holds for the values decoded. NaN and infinities
@@ -41,7 +43,7 @@ def encode_values(values: Vector, dtype: ValueType) -> tuple[bool, bytes]:
     values = np.ascontiguousarray(values, dtype="<f4")
     bits = _ROUND[dtype](values)
     planes = _planes(bits)
-    return (False, bits.tobytes()) if planes is None else (True, planes)
+    return (False, [bits.data]) if planes is None else (True, planes)
 
 
 def decode_values(block: memoryview, count: int, dtype: ValueType, in_planes: bool) -> Vector:
@@ -70,18 +72,18 @@ def decode_values(block: memoryview, count: int, dtype: ValueType, in_planes: bo
         return bits.view(np.float16).astype(np.float32)
 
 
-def _planes(bits: _Bits) -> bytes | None:
+def _planes(bits: _Bits) -> list[Part] | None:
     count, width = len(bits), bits.itemsize
-    parts: list[bytes] = []
+    parts: list[Part] = []
     for place in range(width):
         plane = np.ascontiguousarray(bits.view(np.uint8)[place::width])
         frame = code_entropy(plane)
         # A frame costs time to unpack; for less than a fiftieth it is not worth that.
-        parts.append(frame if len(frame) < count - count // 50 else plane.tobytes())
+        parts.append(frame if len(frame) < count - count // 50 else plane.data)
     lengths = [len(part) for part in parts]
     if 8 * width + sum(lengths) >= width * count:
         return None
-    return b"".join([struct.pack(f"<{width}Q", *lengths), *parts])
+    return [struct.pack(f"<{width}Q", *lengths), *parts]
 
 
 def _join_planes(block: memoryview, count: int, kind: type[np.uint16 | np.uint32]) -> _Bits:

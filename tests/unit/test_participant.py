@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lightning_ppdl import errors
 from lightning_ppdl.backends.memory import MemoryBackend
-from lightning_ppdl.participant import Participant
+from lightning_ppdl.participant import OnUnreachable, Participant
 from lightning_ppdl.privacy.release import PlainRelease
 from lightning_ppdl.records import Manifest, ParameterSpec, Quantity, Receipt
 from lightning_ppdl.selection import LargestValues, RandomAboveThreshold, Selection
@@ -36,9 +37,17 @@ class LossyBackend(MemoryBackend):
     """Loses the next uploads, before or after they reached the server."""
 
     lose: list[str] = []  # noqa: RUF012
+    down = False
+
+    def take_turn(self, timeout_seconds: float) -> None:
+        if self.down:
+            raise errors.ServerUnavailableError("the cable is out")
+        super().take_turn(timeout_seconds)
 
     def upload(self, message: bytes) -> Receipt:
         when = self.lose.pop(0) if self.lose else ""
+        if when == "good":
+            raise errors.UploadLostError("it fell into the sea")
         if when == "before":
             raise errors.ServerUnavailableError("the cable is out")
         receipt = super().upload(message)
@@ -60,6 +69,7 @@ def participant(
     bound: float | None = None,
     selection: Selection | None = None,
     join: bool = True,
+    on_unreachable: OnUnreachable = "wait",
 ) -> Participant:
     release = PlainRelease(selection or LargestValues(1.0), bound)
     manifest = Manifest(
@@ -67,7 +77,16 @@ def participant(
     )
     backend = LossyBackend(f"memory://unit-{next(_numbers)}", server)
     backend.lose = []
-    made = Participant(name, backend, manifest, release, fraction, turn_timeout_seconds=5.0)
+    made = Participant(
+        name,
+        backend,
+        manifest,
+        release,
+        fraction,
+        turn_timeout_seconds=5.0,
+        on_unreachable=on_unreachable,
+        unreachable_seconds=7.0,
+    )
     if join:
         made.join()
     return made
@@ -87,16 +106,23 @@ def entries(**changes: float) -> Tensor:
     return vector
 
 
+def begin(member: Participant, local: Tensor) -> Tensor:
+    """Begin a round that is to be shared."""
+    start = member.begin_round(local)
+    assert start is not None
+    return start
+
+
 def play(member: Participant, local: Tensor, change: Tensor) -> Tensor:
     """One round whose training adds ``change``; returns the local parameters after it."""
-    local = member.begin_round(local) + change
+    local = begin(member, local) + change
     member.end_round(local)
     return local
 
 
 def test_the_change_of_the_round_is_what_is_uploaded(server: ParameterServer) -> None:
     anna = participant(server, bound=1.0, selection=LargestValues(0.2))
-    start = anna.begin_round(torch.full((SIZE,), 9.0))
+    start = begin(anna, torch.full((SIZE,), 9.0))
     assert start.tolist() == [0.0] * SIZE
     report = anna.end_round(start + entries(_1=0.5, _2=-3.0, _3=0.25))
     np.testing.assert_array_equal(server.parameters(), entries(_1=0.5, _2=-1.0))
@@ -109,7 +135,7 @@ def test_the_change_of_the_round_is_what_is_uploaded(server: ParameterServer) ->
 
 def test_training_in_place_is_seen(server: ParameterServer) -> None:
     anna = participant(server)
-    local = anna.begin_round(torch.zeros(SIZE))
+    local = begin(anna, torch.zeros(SIZE))
     local += 1.0
     anna.end_round(local)
     assert server.parameters().tolist() == [1.0] * SIZE
@@ -121,7 +147,7 @@ def test_everything_downloaded_is_the_servers_vector(server: ParameterServer) ->
     here, there = torch.zeros(SIZE), torch.zeros(SIZE)
     for _ in range(8):
         there = play(ben, there, torch.randn(SIZE, generator=stream) * entries(_2=1, _5=1))
-        start = anna.begin_round(here)
+        start = begin(anna, here)
         np.testing.assert_array_equal(start, server.parameters())
         here = start + torch.randn(SIZE, generator=stream)
         anna.end_round(here)
@@ -131,7 +157,7 @@ def test_a_sparse_complete_download_starts_from_what_the_server_sent(server: Par
     anna, ben = participant(server, selection=LargestValues(0.1)), participant(server, "ben")
     here = play(anna, torch.zeros(SIZE), torch.ones(SIZE))
     play(ben, torch.zeros(SIZE), entries(_7=5.0))
-    start = anna.begin_round(here)
+    start = begin(anna, here)
     assert anna.end_round(start).downloaded_bytes < 4 * SIZE + 60
     np.testing.assert_array_equal(start, entries(_0=1.0, _7=5.0))
 
@@ -141,7 +167,7 @@ def test_a_fraction_downloaded_leaves_the_rest_local(server: ParameterServer) ->
     here = play(anna, torch.zeros(SIZE), torch.arange(1.0, SIZE + 1))
     for _ in range(2):
         play(ben, torch.zeros(SIZE), entries(_0=-1.0, _1=-1.0))
-    start = anna.begin_round(here)
+    start = begin(anna, here)
     expected = torch.arange(1.0, SIZE + 1)
     expected[:2] = -2.0
     assert start.tolist() == expected.tolist()
@@ -158,7 +184,7 @@ def test_resuming_with_another_download_fraction(server: ParameterServer, first:
     resumed = participant(server, fraction=then, join=False)
     resumed.load_state_dict(anna.state_dict())
     resumed.join()
-    start = resumed.begin_round(here)
+    start = begin(resumed, here)
     if then == 1.0:
         np.testing.assert_array_equal(start, server.parameters())
     else:
@@ -172,7 +198,7 @@ def test_gradients_are_summed_and_sent_instead() -> None:
     )
     anna = participant(server, quantity="gradient", bound=3.0)
     for expected in ([-1.5, -1.5], [-3.0, -3.0]):
-        local = anna.begin_round(torch.zeros(SIZE))
+        local = begin(anna, torch.zeros(SIZE))
         for _ in range(2):
             anna.gradients.add_(entries(_0=1.0, _3=2.0))
         anna.gradients.add_(entries(_0=1.0))
@@ -182,22 +208,107 @@ def test_gradients_are_summed_and_sent_instead() -> None:
     assert np.count_nonzero(server.parameters()) == 2
 
 
-@pytest.mark.parametrize(("when", "uploads"), [("before", 2), ("after", 3)])
-def test_a_lost_upload_counts_and_the_next_round_goes_on(
-    server: ParameterServer, when: str, uploads: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_unanswered_upload_is_sent_again_before_the_next_round(
+    server: ParameterServer, when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     anna = participant(server)
     local = play(anna, torch.zeros(SIZE), torch.ones(SIZE))
     lossy(anna).lose = [when]
-    local = anna.begin_round(local) + 1.0
+    local = begin(anna, local) + 1.0
     report = anna.end_round(local)
     assert (report.round, report.merged, report.staleness) == (2, False, 0)
-    assert report.uploaded_bytes > 0 and "round 2 was not merged: " in caplog.text
-    start = anna.begin_round(local)
+    assert report.uploaded_bytes > 0 and "sent again before the next round: the " in caplog.text
+    assert server.status().uploads == (1 if when == "before" else 2)
+    start = begin(anna, local)
     np.testing.assert_array_equal(start, server.parameters())
+    assert server.status().uploads == 2 == server.parameters()[0]
     assert anna.end_round(start + 1.0).merged
-    assert server.status().uploads == uploads == server.parameters()[0]
+    assert server.status().uploads == 3 == server.parameters()[0]
     assert server.status().members[0].rounds == 3
+
+
+def test_an_upload_that_is_lost_for_good_is_not_sent_again(server: ParameterServer) -> None:
+    anna = participant(server)
+    lossy(anna).lose = ["good"]
+    assert not anna.end_round(begin(anna, torch.zeros(SIZE)) + 1.0).merged
+    play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    assert server.status().uploads == 1 == server.parameters()[0]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_unanswered_upload_outlives_its_process_in_the_checkpoint(
+    server: ParameterServer, when: str
+) -> None:
+    anna = participant(server)
+    lossy(anna).lose = [when]
+    assert not anna.end_round(begin(anna, torch.zeros(SIZE)) + 1.0).merged
+    kept = io.BytesIO()
+    torch.save(anna.state_dict(), kept)
+    again = participant(server, join=False)
+    again.load_state_dict(torch.load(io.BytesIO(kept.getvalue()), weights_only=True))
+    again.join()
+    play(again, torch.zeros(SIZE), torch.ones(SIZE))
+    assert server.status().uploads == 2 == server.parameters()[0]
+    assert again.round == 2
+
+
+def test_a_round_shared_after_the_checkpoint_is_trained_again_but_not_shared_again(
+    server: ParameterServer,
+) -> None:
+    anna = participant(server)
+    play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    state = anna.state_dict()
+    for _ in range(2):
+        play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    again = participant(server, join=False)
+    again.load_state_dict(state)
+    again.join()
+    told: list[str] = []
+    again.listen(told.append)
+    for round_ in (2, 3):
+        assert again.begin_round(torch.zeros(SIZE)) is None
+        assert again.round == round_ and not again.in_round
+        assert f"round {round_}" in told[-1] and "before the restart" in told[-1]
+    assert server.status().uploads == 3
+    play(again, torch.zeros(SIZE), torch.ones(SIZE))
+    assert again.round == 4 and server.status().uploads == 4 == server.parameters()[0]
+
+
+def test_a_checkpoint_in_the_middle_of_a_round_begins_that_round_anew(server: ParameterServer) -> None:
+    anna = participant(server)
+    play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    begin(anna, torch.zeros(SIZE))
+    state = anna.state_dict()
+    again = participant(server, join=False)
+    again.load_state_dict(state)
+    again.join()
+    play(again, torch.zeros(SIZE), torch.ones(SIZE))
+    assert again.round == 2 == server.status().members[0].rounds
+
+
+@pytest.mark.parametrize(("choice", "patience"), [("wait", 7.0), ("local", 0.0), ("fail", 0.0)])
+def test_what_to_do_while_the_server_cannot_be_reached(
+    server: ParameterServer, choice: OnUnreachable, patience: float
+) -> None:
+    anna = participant(server, on_unreachable=choice)
+    backend = lossy(anna)
+    assert backend.patience_seconds == patience
+    told: list[str] = []
+    anna.listen(told.append)
+    backend.down = True
+    if choice == "local":
+        assert anna.begin_round(torch.zeros(SIZE)) is None
+        assert anna.begin_round(torch.zeros(SIZE)) is None
+        assert (
+            not anna.in_round and anna.round == 0 and len(told) == 2 and "trains this round alone" in told[0]
+        )
+    else:
+        with pytest.raises(errors.ServerUnavailableError, match="the cable is out"):
+            anna.begin_round(torch.zeros(SIZE))
+    backend.down = False
+    play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    assert anna.round == 1 == server.parameters()[0]
 
 
 def test_a_lease_that_ran_out_loses_the_round_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
@@ -206,14 +317,14 @@ def test_a_lease_that_ran_out_loses_the_round_and_no_more(caplog: pytest.LogCapt
         protocol=RoundRobin(), initial=np.zeros(SIZE, np.float32), lease_seconds=10.0, clock=clock
     )
     anna, ben = participant(server), participant(server, "ben")
-    local = anna.begin_round(torch.zeros(SIZE)) + 1.0
+    local = begin(anna, torch.zeros(SIZE)) + 1.0
     clock.now += 11
-    there = ben.begin_round(torch.zeros(SIZE))
+    there = begin(ben, torch.zeros(SIZE))
     assert not anna.end_round(local).merged
     assert "lease ran out" in caplog.text
     assert ben.end_round(there + 3.0).merged
     ben.leave()
-    start = anna.begin_round(local)
+    start = begin(anna, local)
     assert start.tolist() == [3.0] * SIZE
     assert anna.end_round(start + 1.0).round == 2
     assert server.parameters().tolist() == [4.0] * SIZE
@@ -228,12 +339,12 @@ def test_a_sign_of_life_keeps_the_turn_and_a_late_one_only_warns(
         protocol=RoundRobin(), initial=np.zeros(SIZE, np.float32), lease_seconds=10.0, clock=clock
     )
     anna = participant(server)
-    local = anna.begin_round(torch.zeros(SIZE))
+    local = begin(anna, torch.zeros(SIZE))
     for _ in range(30):
         clock.now = here.now = clock.now + 2
         anna.keep_turn()
     assert anna.end_round(local + 1.0).merged
-    local = anna.begin_round(local)
+    local = begin(anna, local)
     clock.now = here.now = clock.now + 11
     anna.keep_turn()
     assert "round 2 will not be merged" in caplog.text
@@ -243,12 +354,12 @@ def test_a_sign_of_life_keeps_the_turn_and_a_late_one_only_warns(
 def test_abandoning_a_round_frees_the_turn_and_the_number() -> None:
     server = ParameterServer(protocol=RoundRobin(), initial=np.zeros(SIZE, np.float32))
     anna, ben = participant(server), participant(server, "ben")
-    local = anna.begin_round(torch.zeros(SIZE))
+    local = begin(anna, torch.zeros(SIZE))
     anna.abandon_round()
     anna.abandon_round()
     assert not anna.in_round and server.status().awaited == ("ben",)
     play(ben, local, entries(_0=1.0))
-    start = anna.begin_round(local)
+    start = begin(anna, local)
     assert anna.round == 1 and start[0] == 1.0
     assert anna.end_round(start + 1.0).merged
 
@@ -263,7 +374,7 @@ def test_a_new_server_is_no_place_for_old_versions(server: ParameterServer) -> N
     moved = participant(fresh, join=False)
     moved.load_state_dict(anna.state_dict())
     moved.join()
-    start = moved.begin_round(local)
+    start = begin(moved, local)
     np.testing.assert_array_equal(start, fresh.parameters())
     assert moved.end_round(start).round == 2
 
@@ -273,13 +384,13 @@ def test_rounds_continue_after_a_restart_without_state(server: ParameterServer) 
     play(anna, play(anna, torch.zeros(SIZE), torch.ones(SIZE)), torch.ones(SIZE))
     anna.leave()
     reborn = participant(server)
-    start = reborn.begin_round(torch.zeros(SIZE))
+    start = begin(reborn, torch.zeros(SIZE))
     assert start.tolist() == [2.0] * SIZE and reborn.round == 3
 
 
 def test_a_diverged_round_sends_nothing(server: ParameterServer) -> None:
     anna = participant(server)
-    local = anna.begin_round(torch.zeros(SIZE))
+    local = begin(anna, torch.zeros(SIZE))
     with pytest.raises(errors.NonFiniteUpdateError):
         anna.end_round(local + float("nan"))
     assert server.version == 0
