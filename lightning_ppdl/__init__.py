@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lightning_ppdl.backends import Backend as Backend
     from lightning_ppdl.backends import connect as connect
+    from lightning_ppdl.backends.grpc import Credentials as Credentials
+    from lightning_ppdl.backends.grpc import GrpcBackend as GrpcBackend
     from lightning_ppdl.backends.memory import close as close
     from lightning_ppdl.backends.memory import serve as serve
     from lightning_ppdl.callbacks import DSSGDCallback as DSSGDCallback
@@ -41,12 +43,17 @@ if TYPE_CHECKING:
     from lightning_ppdl.server.protocol import RoundRobin as RoundRobin
     from lightning_ppdl.server.protocol import Synchronous as Synchronous
     from lightning_ppdl.server.protocol import TurnTaking as TurnTaking
+    from lightning_ppdl.server.security import Limits as Limits
+    from lightning_ppdl.server.security import Security as Security
+    from lightning_ppdl.server.service import GrpcService as GrpcService
+    from lightning_ppdl.server.state import StateDirectory as StateDirectory
     from lightning_ppdl.strategy import DSSGDStrategy as DSSGDStrategy
 
 # Importing this package is cheap, and pulls in neither torch nor Lightning: Hydra imports it in every
 # application of the environment to find our configuration groups.
 _HOMES = {
     "backends": ("Backend", "connect"),
+    "backends.grpc": ("Credentials", "GrpcBackend"),
     "backends.memory": ("close", "serve"),
     "callbacks": ("DSSGDCallback",),
     "errors": ("ConfigurationError", "PPDLError"),
@@ -74,6 +81,9 @@ _HOMES = {
         "Synchronous",
         "TurnTaking",
     ),
+    "server.security": ("Limits", "Security"),
+    "server.service": ("GrpcService",),
+    "server.state": ("StateDirectory",),
     "strategy": ("DSSGDStrategy",),
 }
 _EXPORTS = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}

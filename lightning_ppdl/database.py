@@ -17,11 +17,14 @@ from lightning_ppdl.lock import PathHeldError, PathLock
 _REMEDIES = {
     "full": "the disk or the quota is full: free space, then go on",
     "permission": "there is no permission to read and write it, the .lock beside it and their directory: run "
-    "as the user whom they belong to, or give the ledger another path",
+    "as the user whom they belong to, or give the {noun} another path",
     "read-only": "it is read-only: the file and its directory must be writable",
     "in use": "it is in use by another program or under another name: end that one",
     "disk": "free space or mend the disk, then go on",
 }
+
+_LARGEST_WAL_BYTES = 64 * 2**20
+"""Of SQLite's own log between two large transactions: what one needed beyond this is given back."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class DatabaseFile:
             if cause is not None:
                 raised = kind.locked_error if cause == "in use" else kind.error
                 raise raised(
-                    f"the {kind.noun} {self.path} cannot be opened ({error}): {_REMEDIES[cause]}"
+                    f"the {kind.noun} {self.path} cannot be opened ({error}): {self._remedy(cause)}"
                 ) from error
             if isinstance(error, sqlite3.DatabaseError | OSError):
                 raise kind.error(
@@ -167,7 +170,7 @@ class DatabaseFile:
                 if isinstance(error, sqlite3.DatabaseError):
                     raise self._kind.write_error(
                         f"the {self._kind.noun} {self.path or 'in memory'} could not be written ({error}), "
-                        f"so {self._kind.unwritten}; {_REMEDIES[_cause(error) or 'disk']}"
+                        f"so {self._kind.unwritten}; {self._remedy(_cause(error) or 'disk')}"
                     ) from error
                 raise
 
@@ -175,6 +178,9 @@ class DatabaseFile:
         if self._database is None or self._closed or self._process != os.getpid():
             why = "was closed" if self._closed else "belongs to the process that opened it"
             raise self._kind.error(f"the {self._kind.noun} {self.path or 'in memory'} {why}; open it again")
+
+    def _remedy(self, cause: str) -> str:
+        return _REMEDIES[cause].format(noun=self._kind.noun)
 
     def _find_inode(self) -> int | None:
         if self.path is None:
@@ -189,6 +195,7 @@ class DatabaseFile:
         execute("PRAGMA locking_mode = EXCLUSIVE")
         execute(f"PRAGMA journal_mode = {'MEMORY' if self.path is None else kind.journal_mode}")
         execute("PRAGMA synchronous = EXTRA")  # the file, and after it the directory
+        execute(f"PRAGMA journal_size_limit = {_LARGEST_WAL_BYTES}")
         if problems := [row[0] for row in execute("PRAGMA quick_check") if row[0] != "ok"]:
             raise sqlite3.DatabaseError(problems[0])
         version = execute("PRAGMA user_version").fetchone()[0]

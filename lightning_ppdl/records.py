@@ -69,7 +69,7 @@ class Manifest:
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of names, shapes, dtypes and quantity: equal where vectors may be added."""
-        content = json.dumps([[asdict(spec) for spec in self.parameters], self.quantity])
+        content = json.dumps([[vars(spec) for spec in self.parameters], self.quantity])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def to_primitives(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from lightning_ppdl.privacy.record.record_level import PrivateStepsRelease, Reco
 from lightning_ppdl.privacy.release import PlainRelease, Release
 from lightning_ppdl.private_training import PrivateTraining
 from lightning_ppdl.records import Manifest, Quantity, ValueType
+from lightning_ppdl.round_report import RoundReport
 from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.validation import (
     require_choice,
@@ -169,6 +170,11 @@ class DSSGDStrategy(SingleDeviceStrategy):
     def server_url(self) -> str:
         """The server's address."""
         return self._backend.url
+
+    @property
+    def reports(self) -> list[RoundReport]:
+        """One report a round that was shared, of this process."""
+        return self._callback.reports
 
     @property
     def root_device(self) -> torch.device:

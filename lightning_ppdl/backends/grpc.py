@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
 from lightning_ppdl.backends.base import Backend, split_url
@@ -16,7 +16,7 @@ from lightning_ppdl.errors import (
     JoinRefusedError,
     PPDLError,
     ServerClosedError,
-    ServerUnavailableError,
+    ServerFailedError,
     TurnTimeoutError,
 )
 from lightning_ppdl.records import (
@@ -29,7 +29,7 @@ from lightning_ppdl.records import (
 )
 from lightning_ppdl.rpc import failures, messages
 from lightning_ppdl.rpc import parameter_server_pb2 as pb
-from lightning_ppdl.wire import max_message_bytes
+from lightning_ppdl.wire import max_message_bytes, update_header
 
 try:
     import grpc
@@ -53,7 +53,13 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # What travels is compressed already; a server must not send what becomes larger here.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
 )
+_MOST_REQUEST_BYTES = 2 * messages.PART_BYTES
+_MOST_EXPORTED = 4_000_000_000
+"""Entries that an export may have: 16 gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,37 @@ class Credentials:
     key: str | Path | None = None
     token_file: str | Path | None = None
     allow_plaintext_token: bool = False
+
+    def require_fitting(self, url: str, encrypted: bool) -> None:
+        """Raise ConfigurationError for files that the connection to ``url`` would not, or could not, use."""
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigurationError(
+                f"certificate={_shown(self.certificate)} and key={_shown(self.key)}: to prove itself with "
+                f"TLS, a participant needs both"
+            )
+        for name in ("ca", "certificate"):
+            if getattr(self, name) is not None and not encrypted:
+                raise ConfigurationError(
+                    f"{name}={_shown(getattr(self, name))} with server={url!r}: this address is not "
+                    f"encrypted, and nobody proves anything with it; use grpcs://"
+                )
+
+    def token(self) -> str | None:
+        """What the token file holds, None without one.
+
+        Raises:
+            ConfigurationError: if that is no token. The message does not repeat it.
+        """
+        raw = self.read("token_file")
+        if raw is None:
+            return None
+        token = raw.strip()
+        if not token or any(not 0x21 <= byte <= 0x7E for byte in token):
+            raise ConfigurationError(
+                f"token_file={_shown(self.token_file)} holds no token: one line of letters and digits, as "
+                f"ppdl keys makes it"
+            )
+        return token.decode("ascii")
 
     def read(self, name: str) -> bytes | None:
         """The content of one of the files, None where it was not given.
@@ -110,15 +147,24 @@ class GrpcBackend(Backend):
 
     def __init__(self, url: str, credentials: Credentials | None = None) -> None:
         parts = split_url(url)
-        if parts.scheme not in ("grpc", "grpcs") or not parts.hostname or _port(url) is None or parts.path:
+        if (
+            parts.scheme not in ("grpc", "grpcs")
+            or not parts.hostname
+            or _port(url) is None
+            or parts.path
+            or parts.fragment
+            or "@" in parts.netloc
+        ):
             raise ConfigurationError(
                 f"server={url!r} must have the form 'grpc://HOST:PORT', or 'grpcs://HOST:PORT' with TLS"
             )
         super().__init__(f"{parts.scheme}://{parts.netloc}")
         self._credentials = _from_query(url, parts.query) if credentials is None else credentials
         self._encrypted = parts.scheme == "grpcs"
+        self._credentials.require_fitting(self.url, self._encrypted)
         self._local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        self._address = parts.netloc
+        # In full: a host may have a name that gRPC takes for the scheme of an address, "unix" for one.
+        self._address = f"dns:///{parts.netloc}"
         self._channel: Any = None
         self._metadata: tuple[tuple[str, str], ...] = ()
         self._session = ""
@@ -127,9 +173,16 @@ class GrpcBackend(Backend):
 
     def join(self, participant: str, manifest: Manifest) -> Membership:
         request = pb.JoinRequest(participant=participant, manifest=messages.manifest_message(manifest))
-        reply = self._ask("Join", request, pb.JoinReply, _SHORT_SECONDS)
-        self._session, self._participant, self._size = reply.session, participant, manifest.size
-        return messages.membership_record(reply)
+        if request.ByteSize() > _MOST_REQUEST_BYTES:
+            raise JoinRefusedError(
+                f"the names and shapes of {len(manifest.parameters)} parameters take {request.ByteSize()} "
+                f"bytes, more than the {_MOST_REQUEST_BYTES} that fit into a request; share fewer of them"
+            )
+        membership = self._believe(
+            messages.membership_record, self._ask("Join", request, pb.JoinReply, _SHORT_SECONDS)
+        )
+        self._session, self._participant, self._size = membership.session, participant, manifest.size
+        return membership
 
     def offer_initial(self, vector: Vector) -> bool:
         if vector.shape != (self._size,):  # the server sees bytes only
@@ -177,7 +230,10 @@ class GrpcBackend(Backend):
             reply = self._ask(
                 "UploadParts", lambda: messages.parts(message, self._joined), pb.ReceiptReply, seconds
             )
-        return messages.receipt_record(reply)
+        receipt = self._believe(messages.receipt_record, reply)
+        if receipt.round != update_header(message).round:
+            self._disbelieve(f"round {update_header(message).round} was answered with {receipt}")
+        return receipt
 
     def leave(self) -> None:
         if self._session:
@@ -200,7 +256,8 @@ class GrpcBackend(Backend):
 
     def export(self) -> tuple[Manifest, bytes | bytearray]:
         manifest, message = self._receive("Export", pb.ExportRequest(), None, 3600.0)
-        assert manifest is not None
+        if manifest is None:
+            self._disbelieve("parameters without their manifest")
         return manifest, message
 
     @property
@@ -226,10 +283,14 @@ class GrpcBackend(Backend):
 
         def attempt() -> Any:
             if callable(request):
-                call = self._open().stream_unary(path, pb.Part.SerializeToString, reply.FromString)
-                return call(request(), timeout=seconds, metadata=self._metadata)
-            call = self._open().unary_unary(path, type(request).SerializeToString, reply.FromString)
-            return call(request, timeout=seconds, metadata=self._metadata)
+                call = self._open().stream_unary(path, pb.Part.SerializeToString, messages.parser(reply))
+                answer = call(request(), timeout=seconds, metadata=self._metadata)
+            else:
+                call = self._open().unary_unary(path, type(request).SerializeToString, messages.parser(reply))
+                answer = call(request, timeout=seconds, metadata=self._metadata)
+            if answer is messages.UNREADABLE:
+                self._disbelieve(f"no {reply.DESCRIPTOR.name}")
+            return answer
 
         return self._persistently(attempt, patience_seconds)
 
@@ -240,23 +301,15 @@ class GrpcBackend(Backend):
 
         def attempt() -> tuple[Manifest | None, bytearray]:
             call = self._open().unary_stream(
-                f"/{messages.SERVICE}/{method}", type(request).SerializeToString, pb.Part.FromString
+                f"/{messages.SERVICE}/{method}", type(request).SerializeToString, messages.parser(pb.Part)
             )
-            manifest, assembly = None, None
-            parts: Iterator[pb.Part] = call(request, timeout=seconds, metadata=self._metadata)
+            parts: Any = call(request, timeout=seconds, metadata=self._metadata)
             try:
-                for part in parts:
-                    if part.HasField("manifest"):
-                        manifest = messages.manifest_record(part.manifest)
-                    if assembly is None:
-                        entries = size if size is not None or manifest is None else manifest.size
-                        assembly = messages.Assembly(max_message_bytes(entries or 0))
-                    assembly.add(part)
-                if assembly is None:
-                    raise EOFError("it sent nothing")
-                return manifest, assembly.take()
-            except (EOFError, OverflowError) as error:
-                raise ServerUnavailableError(f"{self.url!r} sent no message of this kind: {error}") from error
+                return _assembled(parts, size)
+            except (EOFError, OverflowError, ValueError, JoinRefusedError) as error:
+                return self._disbelieve(str(error))
+            finally:
+                parts.cancel()  # does nothing at the end
 
         return self._persistently(attempt, None)
 
@@ -271,7 +324,10 @@ class GrpcBackend(Backend):
                 code, name, said = raised.code().name, _error_name(raised), raised.details() or ""
                 error = failures.error_of(code, name, said, self.url)
                 remaining = deadline - time.monotonic()
-                if not failures.may_pass(code, name) or remaining <= 0:
+                passing = failures.may_pass(code, name, said)
+                if not passing or remaining <= 0:
+                    if told and not passing:
+                        self.tell(f"{self.url} answers again")
                     # Its own words alone: what is below is gRPC's, and would be shown above them.
                     raise error from None
                 if not told:
@@ -285,16 +341,25 @@ class GrpcBackend(Backend):
                 self.tell(f"{self.url} answers again")
             return answer
 
+    def _believe(self, read: Callable[[Any], T], reply: Any) -> T:
+        try:
+            return read(reply)
+        except ValueError as error:
+            self._disbelieve(str(error))
+
+    def _disbelieve(self, what: str) -> NoReturn:
+        raise ServerFailedError(f"{self.url!r} sent what no parameter server sends: {what}") from None
+
     def _open(self) -> Any:
         if self._channel is None:
-            token = self._credentials.read("token_file")
+            token = self._credentials.token()
             if token is not None:
                 if not (self._encrypted or self._local or self._credentials.allow_plaintext_token):
                     raise ConfigurationError(
                         f"token_file with server={self.url!r} would send the token in the clear; use "
                         f"grpcs://, or, where something else encrypts the way, allow_plaintext_token=true"
                     )
-                self._metadata = (("authorization", f"Bearer {token.decode(errors='replace').strip()}"),)
+                self._metadata = (("authorization", f"Bearer {token}"),)
             if not self._encrypted:
                 self._channel = grpc.insecure_channel(self._address, _OPTIONS)
             else:
@@ -302,6 +367,29 @@ class GrpcBackend(Backend):
                 files = grpc.ssl_channel_credentials(read("ca"), read("key"), read("certificate"))
                 self._channel = grpc.secure_channel(self._address, files, _OPTIONS)
         return self._channel
+
+
+def _assembled(parts: Iterator[Any], size: int | None) -> tuple[Manifest | None, bytearray]:
+    """The message in ``parts``, of ``size`` entries at most; None for as many as its manifest says.
+
+    Raises:
+        EOFError, OverflowError, ValueError, JoinRefusedError: for what no server sends.
+    """
+    manifest, assembly = None, None
+    for part in parts:
+        if part is messages.UNREADABLE:
+            raise ValueError("no Part")
+        if assembly is None:
+            if part.HasField("manifest") == (size is not None):
+                raise ValueError("a manifest where none belongs" if size is not None else "no manifest")
+            if size is None:
+                manifest = messages.manifest_record(part.manifest)
+            entries = size if manifest is None else min(manifest.size, _MOST_EXPORTED)
+            assembly = messages.Assembly(max_message_bytes(entries or 0))
+        assembly.add(part)
+    if assembly is None:
+        raise EOFError("nothing at all")
+    return manifest, assembly.take()
 
 
 def _error_name(error: Any) -> str | None:
@@ -330,3 +418,7 @@ def _from_query(url: str, query: str) -> Credentials:
     if allow not in ("true", "false"):
         raise ConfigurationError(f"server={url!r}: allow_plaintext_token={allow!r} must be true or false")
     return replace(Credentials(**given), allow_plaintext_token=allow == "true")  # type: ignore[arg-type]
+
+
+def _shown(path: object) -> str:
+    return repr(None if path is None else str(path))

@@ -11,6 +11,10 @@ from lightning_ppdl import __version__
 _COMMANDS = {
     "simulate": "many participants on one machine, from data to a picture of what they gain",
     "plan": "what a private run would cost and could learn, before it is run",
+    "serve": "the parameter server, for participants on other machines",
+    "join": "one participant of a collaboration, with its own data",
+    "status": "what a running server is doing: members, turns, totals",
+    "export": "the shared parameters of a running server, as a safetensors file",
     "keys": "certificates and tokens for trying out a server with TLS",
 }
 
@@ -47,5 +51,8 @@ def _help() -> str:
         f"  ppdl simulate --multirun seed=0,1,2        sweep\n"
         f"  ppdl simulate --cfg job                    show the configuration, run nothing\n"
         f"  ppdl plan privacy=record rounds=[10,100]   what privacy would cost\n"
+        f"  ppdl serve address=0.0.0.0:50051           serve participants on other machines\n"
+        f"  ppdl status grpc://127.0.0.1:50051         ask it how it is doing\n"
+        f"  ppdl export grpc://127.0.0.1:50051 model.safetensors\n"
         f"  ppdl keys participants=[clinic-a,clinic-b] certificates and tokens for two"
     )

@@ -22,8 +22,8 @@ from lightning_ppdl.errors import (
     ConfigurationError,
     ParticipantFailedError,
     PPDLError,
+    ServerUnavailableError,
 )
-from lightning_ppdl.simulation.settings import trainer_argument_problem
 
 CONFIG_PATH = "pkg://lightning_ppdl.conf.ppdl"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -98,6 +98,20 @@ def build(config: DictConfig, key: str) -> Any:
         raise ConfigurationError(f"{key}: {cause or error}") from error
 
 
+def scalar_for_list(arguments: Sequence[str], keys: Sequence[str]) -> str | None:
+    """What to say of a setting that is a list and was given one value; Hydra would name its own types."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in keys and value not in ("", "null") and value[0] not in "[$":
+            return f"{argument}: this setting is a list; write {key}=[{value}]"
+    return None
+
+
+def quiet_grpc() -> None:
+    """Keep gRPC's own lines, which are in no form of ours, off stderr; before it is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 def refuse_unknown(config: DictConfig, schema: type, prefix: str = "") -> None:
     """Raise ConfigurationError for a key that ``schema``, a dataclass, lacks.
 
@@ -157,7 +171,7 @@ def _report(name: str, error: Exception, arguments: Sequence[str], wants_traceba
         traceback.print_exception(error)
     explained = _explain(name, error, arguments) if not isinstance(error, PPDLError) else str(error)
     print(f"ppdl {name}: {explained}", file=sys.stderr)
-    return 2 if expected and not isinstance(error, ParticipantFailedError) else 1
+    return 2 if expected and not isinstance(error, ParticipantFailedError | ServerUnavailableError) else 1
 
 
 def _explain(name: str, error: BaseException, arguments: Sequence[str]) -> str:
@@ -169,6 +183,9 @@ def _explain(name: str, error: BaseException, arguments: Sequence[str]) -> str:
         key = unknown[1]
         given = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
         if key.startswith(_OPEN):
+            # Only now: it brings Lightning, which most commands do without.
+            from lightning_ppdl.simulation.settings import trainer_argument_problem
+
             argument, _, value = given.partition("=")
             parsed = OmegaConf.from_dotlist([f"value={value}"]).value
             return trainer_argument_problem(argument.removeprefix(_OPEN), parsed) or (

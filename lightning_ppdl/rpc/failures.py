@@ -19,7 +19,7 @@ _CODES: tuple[tuple[type[errors.PPDLError], str], ...] = (
     (errors.RoundSeenBeforeError, "ALREADY_EXISTS"),
     (errors.UnknownVersionError, "OUT_OF_RANGE"),
     (errors.IndexOutOfRangeError, "OUT_OF_RANGE"),
-    (errors.StateWriteError, "UNAVAILABLE"),
+    (errors.ServerUnavailableError, "UNAVAILABLE"),
     (errors.AdmissionError, "INVALID_ARGUMENT"),
     (errors.ConfigurationError, "INVALID_ARGUMENT"),
     (errors.PPDLError, "INTERNAL"),
@@ -36,6 +36,29 @@ _PASSING = {
 """Codes that a broken connection, a proxy or a busy server gives: worth another try."""
 
 
+_NO_PROOF = "CERTIFICATE_VERIFY_FAILED"
+_NO_TLS = "WRONG_VERSION_NUMBER"
+_NO_PEM = "Failed to create security handshaker"
+_LASTING = (_NO_PROOF, _NO_TLS, _NO_PEM, "larger than max")
+"""Words of gRPC's own, under the same codes, for what will not pass."""
+
+_SENT_BY_SERVERS = (
+    errors.AdmissionError,
+    errors.ConfigurationError,
+    errors.FingerprintMismatchError,
+    errors.MergeError,
+    errors.ServerClosedError,
+    errors.ServerFailedError,
+    errors.ServerUnavailableError,
+)
+"""What a server may have its participants raise. Budgets and ledgers are their own affair."""
+
+_TRY_AGAIN = {errors.StateWriteError.__name__, errors.ServerUnavailableError.__name__}
+
+_REFUSALS = {code for kind, code in _CODES if issubclass(kind, errors.AdmissionError)}
+_MOST_SAID = 2000
+
+
 def code_of(error: errors.PPDLError) -> str:
     """The status code that stands for ``error``."""
     return next(code for kind, code in _CODES if isinstance(error, kind))
@@ -47,21 +70,41 @@ def error_of(code: str, name: str | None, said: str, url: str) -> errors.PPDLErr
     Args:
         code: Name of the status code.
         name: Of the error class, None where the server did not answer by itself.
-        said: The status's details.
+        said: The status's details. Without what is not printable: they end up on a terminal.
         url: The server's address, for messages.
     """
-    kind = getattr(errors, name or "", None)
-    if isinstance(kind, type) and issubclass(kind, errors.PPDLError):
-        return kind(said)
+    said = "".join(character if character.isprintable() else " " for character in said[:_MOST_SAID])
+    if name is not None:
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, _SENT_BY_SERVERS):
+            return kind(said)
+        # Of a later version, or none that a server should know of.
+        return errors.AdmissionError(said) if code in _REFUSALS else errors.ServerFailedError(said)
+    if _NO_PROOF in said:
+        return errors.AuthenticationError(
+            f"{url!r} did not prove that it is the server of this address: {said}. Give the ca file that its "
+            f"operator made, and an address that its certificate names"
+        )
+    if _NO_TLS in said:
+        return errors.ConfigurationError(f"server={url!r} does not speak TLS; use grpc://: {said}")
+    if _NO_PEM in said:
+        return errors.ConfigurationError(
+            f"server={url!r}: ca, certificate and key must be PEM files, and the last two belong "
+            f"together: {said}"
+        )
     if code == "UNIMPLEMENTED":
         return errors.ConfigurationError(
             f"server={url!r} is no parameter server of this version of lightning_ppdl: {said}"
         )
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return errors.AuthenticationError(f"{url!r}: {said}")
+    if code == "UNAVAILABLE" and "Socket closed" in said:
+        said += " (as a server does that speaks TLS to who does not, or asks for a certificate that it knows)"
     return errors.ServerUnavailableError(f"{url!r} did not answer ({code}): {said}")
 
 
-def may_pass(code: str, name: str | None) -> bool:
+def may_pass(code: str, name: str | None, said: str) -> bool:
     """Whether the same request, sent again, may well succeed."""
-    return code in _PASSING and name in (None, errors.StateWriteError.__name__)
+    if name is not None:
+        return code == "UNAVAILABLE" and name in _TRY_AGAIN
+    return code in _PASSING and not any(words in said for words in _LASTING)

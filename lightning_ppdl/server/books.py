@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_ppdl.errors import LimitExceededError, RoundSeenBeforeError, SessionEndedError
 from lightning_ppdl.records import Manifest, MemberStatus, Receipt, ServerStatus, SparseUpdate
-from lightning_ppdl.server.state import Accepted
+from lightning_ppdl.server.journal import Accepted
 from lightning_ppdl.server.traffic import Traffic
 
 

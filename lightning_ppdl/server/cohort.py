@@ -159,11 +159,19 @@ class Cohort(Turns):
         return due
 
     def state_dict(self) -> dict[str, Any]:
-        return {"expected": [*self._expected], "begun": self._begun, "cycle": self._cycle}
+        return {
+            "members": [*self._members],
+            "here": sorted(self._here),
+            "expected": [*self._expected],
+            "begun": self._begun,
+            "cycle": self._cycle,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on between two cycles: what an open one had collected is not merged."""
-        self._expected = dict.fromkeys([*state["expected"], *self._expected])
+        given_since = [name for name in self._members if name not in state["members"]]
+        self._expected = dict.fromkeys([*state["expected"], *given_since])
+        self._here = set(state["here"])
         self._begun, self._cycle = state["begun"], state["cycle"]
 
     def _begin(self) -> None:
@@ -207,7 +215,14 @@ class Cohort(Turns):
         if self._mean is not None and count >= max(1, required):
             self._due = self._mean.take(self._cycle)
             level = logging.INFO if {_LEFT, _ENDED}.issuperset(reasons) else logging.WARNING
-            log.log(level, "cycle %d: mean of %d updates, without %s", self._cycle, count, without)
+            log.log(
+                level,
+                "cycle %d: mean of %d updates, without %s",
+                self._cycle,
+                count,
+                without,
+                extra={"event": "cycle_merged", "cycle": self._cycle, "updates": count, "missing": missing},
+            )
             return
         if self._mean is not None:
             self._mean.clear()
@@ -219,4 +234,5 @@ class Cohort(Turns):
             count,
             max(1, required),
             without,
+            extra={"event": "cycle_failed", "cycle": self._cycle, "updates": count, "missing": missing},
         )

@@ -21,6 +21,7 @@ from lightning_ppdl.errors import (
     AdmissionError,
     AuthenticationError,
     ConfigurationError,
+    FingerprintMismatchError,
     ServerClosedError,
     StateWriteError,
 )
@@ -38,10 +39,11 @@ from lightning_ppdl.server.admission import Terms, check_update
 from lightning_ppdl.server.books import Books, Member, new_session
 from lightning_ppdl.server.download import DownloadCriterion, MostUpdated
 from lightning_ppdl.server.durability import Durability
+from lightning_ppdl.server.journal import Accepted, JournalEntry
 from lightning_ppdl.server.merge import MergeRule
 from lightning_ppdl.server.observe.status import ServiceStatus
 from lightning_ppdl.server.protocol import Asynchronous, ExchangeProtocol
-from lightning_ppdl.server.state import Accepted, JournalEntry, StateDirectory
+from lightning_ppdl.server.state import StateDirectory
 from lightning_ppdl.server.vector import SharedVector
 from lightning_ppdl.validation import require_fraction, require_positive
 
@@ -127,8 +129,10 @@ class ParameterServer:
             self._state.open(after_commit=self._compact)
             try:
                 durability = Durability(self._state, self._vector, self._books, self._turns)
-                self.study = durability.identify(self.study, protocol=self.protocol, merge=self.merge)
-                durability.restore(self._apply, self._clock())
+                self.study = durability.identify(
+                    self.study, type(self.protocol).__name__, self.merge.describe()
+                )
+                durability.restore(self._apply, self._clock(), self._terms.members)
             except BaseException:
                 self._state.close()
                 raise
@@ -151,12 +155,18 @@ class ParameterServer:
         """
         with self._request():
             self._terms.check_join(participant, manifest, self.merge, self._books.members, server)
+            first = self._vector.manifest is None
             self._vector.declare(manifest, server)
             before = self._books.members.get(participant)
             member = Member(participant, manifest) if before is None else replace(before, manifest=manifest)
             member.session, member.heard_at, member.waits_since = new_session(), self._clock(), None
             if self._durability is not None:
-                self._durability.put(member)
+                try:
+                    self._durability.put(member)
+                except StateWriteError:
+                    if first:  # what a join that failed has declared binds nobody
+                        self._vector.forget()
+                    raise
             self._books.enter(member)
             self._turns.enter(participant)
             self._notify()
@@ -295,12 +305,16 @@ class ParameterServer:
                 return
             left = replace(member, session="")
             if self._durability is not None and not self.closed:
-                self._durability.put(left)
+                try:
+                    self._durability.put(left)
+                except StateWriteError as error:  # the others need not wait for it all the same
+                    log.warning("participant %r left, and a restart will not know: %s", member.name, error)
             self._books.enter(left)
             self._turns.leave(member.name)
             self._notify()
             if not self.closed:
                 self._merge_due()
+                self._note_turns()
 
     def close(self) -> None:
         """Serve no more: every later request raises ServerClosedError. What the synchronous protocol has
@@ -404,9 +418,15 @@ class ParameterServer:
                 raise ServerClosedError("the parameter server was not opened; call its open() first")
             try:
                 yield
-            except AdmissionError as error:
+            except (AdmissionError, ConfigurationError, FingerprintMismatchError) as error:
                 self._books.traffic.reject(type(error).__name__)
                 raise
+            finally:
+                self._note_turns()
+
+    def _note_turns(self) -> None:
+        if self._durability is not None:
+            self._durability.note_turns()
 
     def _notify(self) -> None:
         self.changed.notify_all()
@@ -425,26 +445,33 @@ class ParameterServer:
     def _merge_upload(self, member: Member, update: SparseUpdate, entry: JournalEntry) -> Future[Receipt]:
         """Merge an upload by itself, as soon as it is durable."""
         answer: Future[Receipt] = Future()
+        # One of those who wait for it may give up; the upload goes on, and a retry waits for the same answer.
+        answer.set_running_or_notify_cancel()
 
-        def settle(problem: Exception | None) -> None:
+        def settle(problem: Exception | None) -> bool:
             receipt = None
             with self.changed:
                 self._books.members[member.name].pending = None
+                before = {} if self._durability is None else self._turns.state_dict()
                 try:
                     if problem is None:
                         (receipt,) = self._apply(entry, update)
                 except Exception as error:  # a merge rule's, and its uploader's to be told of
                     problem = error
+                if receipt is not None and self._durability is not None:
+                    self._durability.applied(entry, before)
+                    self._note_turns()
             if receipt is not None:
                 answer.set_result(receipt)
             else:
                 answer.set_exception(problem)
+            return receipt is not None
 
         if self._durability is None:
             settle(None)
         else:
-            member.pending = (entry.accepted[0].digest, answer)
             self._durability.state.append(entry, settle)
+            member.pending = (entry.accepted[0].digest, answer)
         return answer
 
     def _merge_due(self) -> None:
@@ -452,9 +479,10 @@ class ParameterServer:
         update = self._turns.due()
         if update is None:
             return
-        if self._durability is not None and not self._durability.write(update):
+        if self._durability is None:
+            self._vector.merge(update)
+        elif not self._durability.merge(update):
             return
-        self._vector.merge(update)
         self._compact()
         self._notify()
 
@@ -462,8 +490,14 @@ class ParameterServer:
         """Merge what is in the journal, for the first time or again after a restart, and end the turns that
         led to it."""
         version = self._vector.version
+        if self._turns.collects:  # the receipts came before the merge, and hold whatever became of it
+            receipts = [self._accept(upload, version) for upload in entry.accepted]
+        if entry.failed:
+            self._vector.rehearse(update)
+            return []
         self._vector.merge(update)
-        receipts = [self._accept(upload, version) for upload in entry.accepted]
+        if not self._turns.collects:
+            receipts = [self._accept(upload, version) for upload in entry.accepted]
         for upload in entry.accepted:
             self._turns.end(upload.participant)
         self._notify()

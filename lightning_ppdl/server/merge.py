@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -57,6 +57,15 @@ class MergeRule(ABC):
 
     def restore(self, state: MergeState) -> None:  # noqa: B027 - most rules keep nothing
         """Go on from :meth:`state`, in another process: the same merges have the same results."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides what merges do, besides :meth:`state`: strings, numbers, lists and dicts.
+
+        A restart with anything else is refused, for merges that are done again must do what they did. A
+        dataclass is described by its fields; another rule that has settings has to say them.
+        """
+        names: list[str] = [field.name for field in fields(self)] if is_dataclass(self) else []
+        return {"kind": type(self).__name__, **_plain({name: getattr(self, name) for name in names})}
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,7 @@ class ServerMomentum(MergeRule):
         require_not_negative("momentum", momentum)
         if momentum >= 1:
             raise ConfigurationError(f"momentum={momentum!r} must be below 1, e.g. momentum=0.9")
+        self._setting = float(momentum)
         self._momentum = np.float32(momentum)
         self._rule = Add() if rule is None else rule
         if not isinstance(self._rule, MergeRule):
@@ -189,9 +199,13 @@ class ServerMomentum(MergeRule):
         self._velocity[slice(None) if change.indices is None else change.indices] += change.values
         return Change(None, self._velocity)
 
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "momentum": self._setting, "rule": self._rule.describe()}
+
     def state(self) -> MergeState:
         inner = {f"{_INNER}{name}": array for name, array in self._rule.state().items()}
-        return inner if self._velocity is None else {"velocity": self._velocity, **inner}
+        own = {} if self._velocity is None else {"velocity": self._velocity}
+        return {**own, **inner}
 
     def restore(self, state: MergeState) -> None:
         self._velocity = np.array(state["velocity"]) if "velocity" in state else None
@@ -232,6 +246,11 @@ class ServerOptimizer(MergeRule):
         self._optimizer.step()
         return Change(None, self._parameter.detach().numpy() - context.parameters)
 
+    def describe(self) -> dict[str, Any]:
+        optimizer = self._begin(1)[1]
+        settings = _plain(optimizer.defaults)
+        return {**super().describe(), "optimizer": {"kind": type(optimizer).__name__, **settings}}
+
     def state(self) -> MergeState:
         if self._parameter is None or self._optimizer is None:
             return {}
@@ -251,3 +270,7 @@ class ServerOptimizer(MergeRule):
         parameter = torch.nn.Parameter(torch.empty(size))
         parameter.grad = torch.empty_like(parameter)
         return parameter, self._make([parameter])
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str | tuple | None)}

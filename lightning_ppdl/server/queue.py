@@ -36,6 +36,7 @@ class Queue(Turns):
         self._clock = clock
         # In the order of turns, for good: whoever leaves or falls silent keeps its place for a return.
         self._roster = list(members)
+        self._given = tuple(members)
         self._away: set[str] = set()
         self._queue: deque[str] = deque()
         self._served: set[str] = set()
@@ -109,7 +110,7 @@ class Queue(Turns):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "roster": self._roster,
+            "roster": [*self._roster],
             "away": sorted(self._away),
             "queue": [*self._queue],
             "served": sorted(self._served),
@@ -118,23 +119,32 @@ class Queue(Turns):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Members that the server was given since then take their place at the end.
-        self._roster = list(dict.fromkeys([*state["roster"], *self._roster]))
+        self._roster = [*state["roster"]]
         self._away, self._served = set(state["away"]), set(state["served"])
         self._queue, self._cycle = deque(state["queue"]), state["cycle"]
         self.current = state["current"]
-        # It may be at work on its round, and what it is about to upload must not be lost with the restart.
-        self.held = True
         self._expires = self._clock() + self.lease_seconds
+
+    def resume(self) -> None:
+        # Whoever has the turn may be at work on its round, and what it is about to upload must not be lost.
+        self.held = True
+        # At the end, and from the next cycle on: the order of the present one is being kept to.
+        self._roster += [name for name in self._given if name not in self._roster]
 
     def _expire(self) -> None:
         """Take the turn from whoever was silent for longer than the lease."""
         while self.current is not None and self._clock() > self._expires:
             log.warning(
-                "participant %r %s for %.0f seconds and lost its turn",
+                "participant %r %s for %g seconds and lost its turn",
                 self.current,
                 "gave no sign of life" if self.held else "did not take its turn",
                 self.lease_seconds,
+                extra={
+                    "event": "turn_lost",
+                    "participant": self.current,
+                    "seconds": self.lease_seconds,
+                    "held": self.held,
+                },
             )
             self._away.add(self.current)
             self._pass_on()

@@ -17,24 +17,30 @@ class Limits:
     """What clients may use of a server.
 
     Args:
-        uploads_per_minute: Of one participant; None for any number.
+        uploads_per_minute: Of one participant, those that are sent again included; None for any number.
         transfer_seconds: The longest that one upload or download may take.
+        silence_seconds: The longest that a client may neither send nor take anything in the middle of a
+            request.
         max_transfers: How many of them, larger than a mebibyte, may be under way at once.
         max_requests: How many requests may be under way at once, those that wait for a turn included.
+        max_requests_each: How many of them may be of one participant, where there are certificates or tokens.
         max_parameters: The most entries that a collaboration may share (P).
     """
 
     uploads_per_minute: int | None = None
     transfer_seconds: float = 600.0
+    silence_seconds: float = 30.0
     max_transfers: int = 8
     max_requests: int = 1000
+    max_requests_each: int = 20
     max_parameters: int = 4_000_000_000
 
     def __post_init__(self) -> None:
         if self.uploads_per_minute is not None:
             require_count("uploads_per_minute", self.uploads_per_minute)
-        require_positive("transfer_seconds", self.transfer_seconds)
-        for name in ("max_transfers", "max_requests", "max_parameters"):
+        for name in ("transfer_seconds", "silence_seconds"):
+            require_positive(name, getattr(self, name))
+        for name in ("max_transfers", "max_requests", "max_requests_each", "max_parameters"):
             require_count(name, getattr(self, name))
 
 
@@ -102,7 +108,7 @@ class Security:
 
 
 class Gate:
-    """Tells which names a caller may act under.
+    """Tells which participants a caller may act as.
 
     Args:
         security: What proves a name.
@@ -112,19 +118,19 @@ class Gate:
         self._by_certificate = security.client_ca is not None
         self._tokens = None if security.tokens is None else TokenFile(security.tokens)
 
-    def require(
-        self, name: str | None, auth_context: Mapping[str, Sequence[bytes]], metadata: Mapping[str, str]
-    ) -> None:
-        """Raise unless the caller may act as participant ``name``, or for None as any participant.
+    def names(
+        self, auth_context: Mapping[str, Sequence[bytes]], metadata: Sequence[tuple[str, str | bytes]]
+    ) -> frozenset[str] | None:
+        """The participants that a caller may act as; None where everybody is believed.
 
         Args:
-            name: Whom it wants to act as.
             auth_context: Of its connection, as gRPC gives it.
             metadata: Of its request; the token is in ``authorization``, as ``Bearer TOKEN``.
 
         Raises:
-            AuthenticationError: if nothing proves it.
+            AuthenticationError: if there are none.
         """
+        proved = None
         if self._by_certificate:
             proved = certificate_names(auth_context)
             if not proved:
@@ -132,16 +138,30 @@ class Gate:
                     "the certificate names no participant: it needs one as its common name, or as a URI "
                     "ppdl:NAME"
                 )
-            _require_one_of(proved, name, "certificate")
         if self._tokens is not None:
-            scheme, _, token = metadata.get("authorization", "").partition(" ")
-            owner = self._tokens.owner(token.strip()) if scheme.lower() == "bearer" else None
+            token = _bearer_token(metadata)
+            owner = self._tokens.owner(token) if token else None
             if owner is None:
                 raise AuthenticationError(
                     "no token, or one that this server does not know: give the token file that its operator "
                     "made for you"
                 )
-            _require_one_of({owner}, name, "token")
+            if proved is not None and owner not in proved:
+                raise AuthenticationError(
+                    f"this token is {owner!r}'s, and the certificate {_listed(proved)}'s: give a token and a "
+                    f"certificate of the same participant"
+                )
+            proved = frozenset({owner})
+        return proved
+
+
+def require_acting_as(name: str, proved: frozenset[str] | None) -> None:
+    """Raise AuthenticationError unless a caller with the names that :meth:`Gate.names` gave may act as
+    ``name``."""
+    if proved is not None and name not in proved:
+        raise AuthenticationError(
+            f"this certificate or token is {_listed(proved)}'s, not {name!r}'s; nobody acts for another"
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -183,11 +203,17 @@ def read_file(name: str, path: str | Path) -> bytes:
         ) from error
 
 
-def _require_one_of(proved: frozenset[str] | set[str], name: str | None, how: str) -> None:
-    if name is not None and name not in proved:
-        raise AuthenticationError(
-            f"this {how} is {', '.join(map(repr, sorted(proved)))}'s, not {name!r}'s; nobody acts for another"
-        )
+def _bearer_token(metadata: Sequence[tuple[str, str | bytes]]) -> str:
+    """Empty if there is none. Of several, which one counts would be a guess: then there is none either."""
+    given = [value for key, value in metadata if key == "authorization"]
+    if len(given) != 1 or not isinstance(given[0], str):
+        return ""
+    scheme, _, token = given[0].partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _listed(names: frozenset[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))
 
 
 def _shown(path: object) -> str:

@@ -18,18 +18,23 @@ from lightning_ppdl.errors import (
     MalformedUpdateError,
     PPDLError,
     ServerFailedError,
+    StateError,
 )
+from lightning_ppdl.records import Membership
 from lightning_ppdl.rpc import failures, messages
 from lightning_ppdl.rpc import parameter_server_pb2 as pb
 from lightning_ppdl.server.core import ParameterServer
 from lightning_ppdl.server.security import Gate, Limits, Security, is_loopback, read_file, split_address
-from lightning_ppdl.server.transfers import Transfers
+from lightning_ppdl.server.transfers import Caller, Transfers
+from lightning_ppdl.validation import require_name
 from lightning_ppdl.wire import max_update_bytes
 
 try:
     import grpc
-    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-    from grpc_reflection.v1alpha import reflection
+    from grpc_health.v1 import health_pb2
+    from grpc_reflection.v1alpha import reflection_pb2
+
+    from lightning_ppdl.server.public import HEALTH, REFLECTION, PublicAnswers
 except ImportError as error:
     raise ConfigurationError(
         "serving over gRPC needs further packages: pip install 'lightning_ppdl[network]'"
@@ -38,11 +43,15 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Sent = AsyncIterator[Any]
+"""What a client sends in one request: messages, None for what is none of the schema's."""
 
 _LONGEST_WAIT_SECONDS = 20.0
 """For a turn, in one request: who waits longer asks again, which is a sign of life."""
 _LARGE_BYTES = 4 * 2**20
 """From which size on a message is worked on in a thread, and others are answered meanwhile."""
+_MOST_DETAILS_BYTES = 1500
+"""Of a refusal's words. They travel in the metadata, percent-encoded: three times as long at worst."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", 2 * messages.PART_BYTES),
     ("grpc.max_concurrent_streams", 100),
@@ -52,7 +61,10 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.max_connection_idle_ms", 30 * 60_000),
+    ("grpc.max_connection_idle_ms", 10 * 60_000),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    # None: what travels is compressed already, and nobody can send what becomes larger here.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.so_reuseport", 0),
 )
 
@@ -138,21 +150,14 @@ class GrpcService:
         self._changed = asyncio.Event()
         self._transfers = Transfers(self._limits)
         self._server.watch(self._wake)
-        listener = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=self._limits.max_requests)
-        listener.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(messages.SERVICE, self._handlers()),)
-        )
-        checks = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(checks, listener)
-        names = (messages.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, listener)
+        listener = grpc.aio.server(options=_OPTIONS)
+        self._public = PublicAnswers((messages.SERVICE, HEALTH, REFLECTION))
+        listener.add_generic_rpc_handlers(self._handlers())
         self._port = self._listen(listener)
         await listener.start()
-        for name in ("", messages.SERVICE):
-            await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._started.set()
         await self._ended.wait()
-        await checks.enter_graceful_shutdown()
+        self._public.serving = False
         await listener.stop(grace=1.0)
 
     def _listen(self, listener: Any) -> int:
@@ -178,8 +183,8 @@ class GrpcService:
             ) from error
         return int(port)
 
-    def _handlers(self) -> dict[str, Any]:
-        simple: dict[str, tuple[Callable[..., Any], Any, Any]] = {
+    def _handlers(self) -> tuple[Any, ...]:
+        single: dict[str, tuple[Callable[..., Any], Any, Any]] = {
             "Join": (self._join, pb.JoinRequest, pb.JoinReply),
             "TakeTurn": (self._take_turn, pb.TakeTurnRequest, pb.TakeTurnReply),
             "RenewTurn": (self._renew_turn, pb.SessionRequest, pb.EmptyReply),
@@ -188,38 +193,62 @@ class GrpcService:
             "Leave": (self._leave, pb.SessionRequest, pb.EmptyReply),
             "Status": (self._status, pb.StatusRequest, pb.StatusReply),
         }
-        handlers = {
-            name: grpc.unary_unary_rpc_method_handler(
-                self._answering(handle), messages.parser(request), reply.SerializeToString
-            )
-            for name, (handle, request, reply) in simple.items()
+        # All are answered as if the client sent a stream: of a single message, too, gRPC would else read
+        # the whole before anything here could tell who sends it, and wait for it for ever.
+        ours = {
+            name: _single_reply(self._answering(self._reading(handle)), request, reply)
+            for name, (handle, request, reply) in single.items()
         }
-        for name, handle, reply in (
-            ("OfferInitial", self._offer_initial, pb.OfferReply),
-            ("UploadParts", self._upload_parts, pb.ReceiptReply),
-        ):
-            handlers[name] = grpc.stream_unary_rpc_method_handler(
-                self._answering(handle), messages.parser(pb.Part), reply.SerializeToString
-            )
+        ours["OfferInitial"] = _single_reply(self._answering(self._offer_initial), pb.Part, pb.OfferReply)
+        ours["UploadParts"] = _single_reply(self._answering(self._upload_parts), pb.Part, pb.ReceiptReply)
         for name, sends, request in (
             ("Download", self._download, pb.DownloadRequest),
             ("Export", self._export, pb.ExportRequest),
         ):
-            handlers[name] = grpc.unary_stream_rpc_method_handler(
-                self._answering(sends), messages.parser(request), pb.Part.SerializeToString
+            ours[name] = _stream_reply(self._answering(self._reading(sends)), request, pb.Part)
+        check = self._answering(self._public.check, public=True)
+        reflect = self._answering(self._public.reflect, public=True)
+        asked, answer = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+        question, told = reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
+        return tuple(
+            grpc.method_handlers_generic_handler(service, methods)
+            for service, methods in (
+                (messages.SERVICE, ours),
+                (HEALTH, {"Check": _single_reply(check, asked, answer)}),
+                (REFLECTION, {"ServerReflectionInfo": _stream_reply(reflect, question, told)}),
             )
-        return handlers
+        )
 
     def _answering(
-        self, handle: Callable[[Any, Any], Awaitable[Any]]
-    ) -> Callable[[Any, Any], Awaitable[Any]]:
-        """``handle``, whose errors become status codes; no traceback ever reaches a client."""
+        self, handle: Callable[[Sent, Caller], Awaitable[Any]], public: bool = False
+    ) -> Callable[[Sent, Any], Awaitable[Any]]:
+        """``handle``, once it is known who asks. Its errors become status codes; no traceback ever reaches a
+        client."""
 
-        async def handler(request: Any, context: Any) -> Any:
+        async def handler(sent: Sent, context: Any) -> Any:
+            caller = Caller(context, self._limits.silence_seconds)
             try:
-                return await handle(request, context)
+                if public:
+                    return await handle(sent, caller)
+                with self._counted():
+                    if not self._security.open:
+                        metadata = context.invocation_metadata() or ()
+                        caller.names = self._gate.names(context.auth_context(), metadata)
+                    self._transfers.admit(caller)
+                try:
+                    return await handle(sent, caller)
+                finally:
+                    self._transfers.dismiss(caller)
             except PPDLError as error:
                 await _abort(context, error)
+            except asyncio.CancelledError:
+                problem = caller.interrupted()
+                if problem is None:
+                    raise
+                log.warning("a request from %s was ended: %s", caller.address, problem)
+                await _abort(context, problem)
+            except grpc.aio.InternalError as error:
+                log.debug("%s went away in the middle of a request: %s", caller.address, error)
             except Exception:
                 log.exception("a request failed")
                 await _abort(
@@ -228,34 +257,76 @@ class GrpcService:
 
         return handler
 
+    def _reading(
+        self, handle: Callable[[Any, Caller], Awaitable[Any]]
+    ) -> Callable[[Sent, Caller], Awaitable[Any]]:
+        """``handle`` for a request that is a single message."""
+
+        async def handler(sent: Sent, caller: Caller) -> Any:
+            with self._counted():
+                request = await self._next(sent, caller)
+                if request is None:
+                    raise MalformedUpdateError("the request holds no message")
+            return await handle(request, caller)
+
+        return handler
+
     # What is asked for, one method each
 
-    async def _join(self, request: pb.JoinRequest, context: Any) -> pb.JoinReply:
-        self._require_readable(request)
+    async def _join(self, request: pb.JoinRequest, caller: Caller) -> pb.JoinReply:
         with self._counted():
-            self._require(request.participant, context)
+            caller.require(request.participant)
+        membership = await self._in_thread(partial(self._joined, request))
+        log.info(
+            "participant %r joined, after round %d",
+            request.participant,
+            membership.last_round,
+            extra={
+                "event": "joined",
+                "participant": request.participant,
+                "round": membership.last_round,
+                "version": membership.version,
+            },
+        )
+        return messages.membership_message(membership)
+
+    def _joined(self, request: pb.JoinRequest) -> Membership:
+        """In a thread: a manifest can be long."""
+        with self._counted():
             manifest = messages.manifest_record(request.manifest)
             if manifest.size > self._limits.max_parameters:
                 raise JoinRefusedError(
                     f"{manifest.size} shared entries are more than the {self._limits.max_parameters} that "
                     f"this server takes; its operator can raise max_parameters"
                 )
-        join = partial(self._server.join, request.participant, manifest, self.url)
-        membership = await self._in_thread(join)
-        log.info("participant %r joined, after round %d", request.participant, membership.last_round)
-        return messages.membership_message(membership)
+        _ = manifest.fingerprint  # computed now, and not while the server is locked
+        try:
+            return self._server.join(request.participant, manifest, self.url)
+        except ConfigurationError as error:
+            require_name("participant", request.participant)
+            # It is the server's own configuration then, whose files are nobody else's business.
+            log.error("participant %r could not join: %s", request.participant, error)
+            raise ServerFailedError(
+                "the server cannot begin with the initial parameters that it was given for this module; its "
+                "log says why"
+            ) from None
 
-    async def _offer_initial(self, sent: AsyncIterator[pb.Part], context: Any) -> pb.OfferReply:
-        first = await self._first_part(sent)
-        name = self._require_session(first.session, context)
-        async with self._transfers.of(name, "up", large=True):
-            raw = await self._whole(first, sent, 4 * self._server.status().parameters)
+    async def _offer_initial(self, sent: Sent, caller: Caller) -> pb.OfferReply:
+        first = await self._first_part(sent, caller)
+        name = self._require_session(first.session, caller)
+        async with self._transfers.of(name, "up", large=True, caller=caller):
+            raw = await self._whole(first, sent, caller, 4 * self._server.size)
+            with self._counted():
+                if len(raw) != 4 * self._server.size:
+                    raise JoinRefusedError(
+                        f"initial parameters must be finite float32 of shape {(self._server.size,)}, "
+                        f"{4 * self._server.size} bytes, not {len(raw)}"
+                    )
             offer = partial(self._server.offer_initial, first.session, messages.vector_record(raw))
             return pb.OfferReply(taken=await self._in_thread(offer))
 
-    async def _take_turn(self, request: pb.TakeTurnRequest, context: Any) -> pb.TakeTurnReply:
-        self._require_readable(request)
-        self._require_session(request.session, context)
+    async def _take_turn(self, request: pb.TakeTurnRequest, caller: Caller) -> pb.TakeTurnReply:
+        self._require_session(request.session, caller)
         assert self._loop is not None and self._changed is not None
         until = self._loop.time() + min(max(0.0, request.wait_seconds), _LONGEST_WAIT_SECONDS)
         while True:
@@ -272,110 +343,107 @@ class GrpcService:
                     changed.wait(), min(remaining, 1.0, max(0.01, self._server.seconds_to_expiry()))
                 )
 
-    async def _renew_turn(self, request: pb.SessionRequest, context: Any) -> pb.EmptyReply:
-        self._require_readable(request)
-        self._require_session(request.session, context)
+    async def _renew_turn(self, request: pb.SessionRequest, caller: Caller) -> pb.EmptyReply:
+        self._require_session(request.session, caller)
         self._server.renew_turn(request.session)
         return pb.EmptyReply()
 
-    async def _end_turn(self, request: pb.SessionRequest, context: Any) -> pb.EmptyReply:
-        self._require_readable(request)
-        self._require_session(request.session, context)
+    async def _end_turn(self, request: pb.SessionRequest, caller: Caller) -> pb.EmptyReply:
+        self._require_session(request.session, caller)
         self._server.end_turn(request.session)
         return pb.EmptyReply()
 
-    async def _leave(self, request: pb.SessionRequest, context: Any) -> pb.EmptyReply:
-        self._require_readable(request)
-        name = self._require_session(request.session, context)
+    async def _leave(self, request: pb.SessionRequest, caller: Caller) -> pb.EmptyReply:
+        name = self._require_session(request.session, caller)
         await self._in_thread(partial(self._server.leave, request.session))
-        log.info("participant %r left", name)
+        log.info("participant %r left", name, extra={"event": "left", "participant": name})
         return pb.EmptyReply()
 
-    async def _download(self, request: pb.DownloadRequest, context: Any) -> None:
-        self._require_readable(request)
-        name = self._require_session(request.session, context)
+    async def _download(self, request: pb.DownloadRequest, caller: Caller) -> None:
+        name = self._require_session(request.session, caller)
         large = 4 * self._server.size > messages.PART_BYTES
-        async with self._transfers.of(name, "down", large):
+        async with self._transfers.of(name, "down", large, caller):
             ask = partial(self._server.download, request.session, messages.download_record(request))
             message = await self._in_thread(ask) if 4 * self._server.size > _LARGE_BYTES else ask()
             for part in messages.parts(message):
-                await context.write(part)
+                await caller.send(part)
 
-    async def _upload(self, request: pb.UploadRequest, context: Any) -> pb.ReceiptReply:
-        self._require_readable(request)
-        name = self._require_session(request.session, context)
+    async def _upload(self, request: pb.UploadRequest, caller: Caller) -> pb.ReceiptReply:
+        name = self._require_session(request.session, caller)
         with self._counted():
             self._transfers.count_upload(name)
-        return await self._submitted(request.session, request.update)
+        return await self._submitted(name, request.session, request.update)
 
-    async def _upload_parts(self, sent: AsyncIterator[pb.Part], context: Any) -> pb.ReceiptReply:
-        first = await self._first_part(sent)
-        name = self._require_session(first.session, context)
+    async def _upload_parts(self, sent: Sent, caller: Caller) -> pb.ReceiptReply:
+        first = await self._first_part(sent, caller)
+        name = self._require_session(first.session, caller)
         with self._counted():
             self._transfers.count_upload(name)
-        async with self._transfers.of(name, "up", large=True):
-            message = await self._whole(first, sent, max_update_bytes(self._server.size, 1.0))
-            return await self._submitted(first.session, message)
+        async with self._transfers.of(name, "up", large=True, caller=caller):
+            message = await self._whole(first, sent, caller, max_update_bytes(self._server.size, 1.0))
+            return await self._submitted(name, first.session, message)
 
-    async def _submitted(self, session: str, message: bytes | bytearray) -> pb.ReceiptReply:
+    async def _submitted(self, name: str, session: str, message: bytes | bytearray) -> pb.ReceiptReply:
         submit = partial(self._server.submit, session, message)
         answer = await self._in_thread(submit) if len(message) > _LARGE_BYTES else submit()
         receipt = answer.result() if answer.done() else await asyncio.wrap_future(answer)
-        log.debug("session %.4s: round %d makes version %d", session, receipt.round, receipt.version)
+        if log.isEnabledFor(logging.DEBUG):  # once for each upload: no work for a line that nobody reads
+            log.debug(
+                "participant %r: round %d makes version %d, staleness %d, %d bytes",
+                name,
+                receipt.round,
+                receipt.version,
+                receipt.staleness,
+                len(message),
+                extra={"event": "upload", "participant": name, "bytes": len(message), **vars(receipt)},
+            )
         return messages.receipt_message(receipt)
 
-    async def _status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
-        self._require_readable(request)
-        with self._counted():
-            self._require(None, context)
+    async def _status(self, request: pb.StatusRequest, caller: Caller) -> pb.StatusReply:
         return messages.status_message(self._server.status())
 
-    async def _export(self, request: pb.ExportRequest, context: Any) -> None:
-        self._require_readable(request)
-        with self._counted():
-            self._require(None, context)
-        async with self._transfers.of(context.peer(), "down", large=True):
+    async def _export(self, request: pb.ExportRequest, caller: Caller) -> None:
+        who = caller.address if caller.names is None else ",".join(sorted(caller.names))
+        async with self._transfers.of(who, "export", large=True, caller=caller):
             manifest, message = await self._in_thread(self._server.export)
             for part in messages.parts(message, manifest=manifest):
-                await context.write(part)
+                await caller.send(part)
 
     # What these share
 
-    def _require(self, name: str | None, context: Any) -> None:
-        if not self._security.open:
-            metadata = dict(context.invocation_metadata() or ())
-            self._gate.require(name, context.auth_context(), metadata)
-
-    def _require_session(self, session: str, context: Any) -> str:
+    def _require_session(self, session: str, caller: Caller) -> str:
         name = self._server.participant(session)
         with self._counted():
-            self._require(name, context)
+            caller.require(name)
         return name
 
-    def _require_readable(self, request: Any) -> None:
-        if request is None:
-            with self._counted():
-                raise MalformedUpdateError("the request is no message of this schema")
+    async def _next(self, sent: Sent, caller: Caller) -> Any:
+        """The next message; None after the last."""
+        received = await caller.receive(sent)
+        if received is messages.UNREADABLE:
+            raise MalformedUpdateError("the request is no message of this schema")
+        return received
 
-    async def _first_part(self, sent: AsyncIterator[pb.Part]) -> pb.Part:
-        async for part in sent:
-            self._require_readable(part)
-            return part
+    async def _first_part(self, sent: Sent, caller: Caller) -> pb.Part:
         with self._counted():
-            raise MalformedUpdateError("the stream holds no part")
+            part: pb.Part | None = await self._next(sent, caller)
+            if part is None:
+                raise MalformedUpdateError("the stream holds no part")
+            if part.HasField("manifest"):
+                raise MalformedUpdateError("the first part holds a manifest, which belongs to a join")
+        return part
 
-    async def _whole(self, first: pb.Part, sent: AsyncIterator[pb.Part], most_bytes: int) -> bytearray:
+    async def _whole(self, first: pb.Part, sent: Sent, caller: Caller, most_bytes: int) -> bytearray:
         with self._counted():
             try:
                 assembly = messages.Assembly(most_bytes)
                 assembly.add(first)
-                async for part in sent:
-                    self._require_readable(part)
+                while (part := await self._next(sent, caller)) is not None:
                     assembly.add(part)
                 return assembly.take()
             except OverflowError as error:
                 raise LimitExceededError(str(error)) from None
-            except EOFError as error:
+            except (EOFError, ValueError) as error:
                 raise MalformedUpdateError(str(error)) from None
 
     @contextmanager
@@ -389,7 +457,13 @@ class GrpcService:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         assert self._loop is not None
-        return await self._loop.run_in_executor(None, work)
+        running = self._loop.run_in_executor(None, work)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # Work goes on in its thread, and holds its message: until then its place is not another's.
+            await asyncio.wait([running])
+            raise
 
     def _wake(self) -> None:
         """Called in any thread, with the server's lock held."""
@@ -403,6 +477,22 @@ class GrpcService:
         self._changed = asyncio.Event()
 
 
+def _single_reply(handle: Any, request: Any, reply: Any) -> Any:
+    return grpc.stream_unary_rpc_method_handler(handle, messages.parser(request), reply.SerializeToString)
+
+
+def _stream_reply(handle: Any, request: Any, reply: Any) -> Any:
+    return grpc.stream_stream_rpc_method_handler(handle, messages.parser(request), reply.SerializeToString)
+
+
 async def _abort(context: Any, error: PPDLError) -> None:
+    said = str(error)
+    if isinstance(error, StateError):
+        # Where the server keeps its files is nobody else's business.
+        log.error("a request could not be made durable: %s", error)
+        said = "the server could not make this durable, and nothing was changed; its log says why"
+    details = said.encode(errors="replace")
+    if len(details) > _MOST_DETAILS_BYTES:
+        said = details[:_MOST_DETAILS_BYTES].decode(errors="ignore") + "..."
     code = getattr(grpc.StatusCode, failures.code_of(error))
-    await context.abort(code, str(error), ((failures.METADATA_KEY, type(error).__name__),))
+    await context.abort(code, said, ((failures.METADATA_KEY, type(error).__name__),))

@@ -64,11 +64,16 @@ class Turns(ABC):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Strings, numbers, lists and dicts from which another process goes on: whose turn comes when."""
+        """Strings, numbers, lists and dicts from which another process goes on: whose turn comes when.
+        Copies: what happens later does not change them. Looked at after every request."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - not all protocols have turns
-        """Go on from :meth:`state_dict`; whoever had the turn has it, with its lease begun anew."""
+        """Go on from :meth:`state_dict`, with leases begun anew."""
+
+    def resume(self) -> None:  # noqa: B027
+        """Called once after a restart, when :meth:`load_state_dict` has been: whoever had the turn has it,
+        and members that the server has been given since take their place."""
 
     @property
     def awaited(self) -> tuple[str, ...]:

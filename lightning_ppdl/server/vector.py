@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ class SharedVector:
             )
         self._manifest = manifest
 
+    def forget(self) -> None:
+        """Undo the first :meth:`declare`, and what it filled."""
+        self._manifest = self._store = None
+
     def fill(self, vector: Vector, manifest: Manifest) -> bool:
         """Start from ``vector``, float32 (P,), unless there are parameters already.
 
@@ -112,6 +117,11 @@ class SharedVector:
         change = check_change(self._rule.merge(update, self.context(update)), self._rule, store)
         store.commit(change, update.indices, self._criterion.decay)
 
+    def rehearse(self, update: SparseUpdate) -> None:
+        """What :meth:`merge` did to the rule when the rule, or its result, was found at fault."""
+        with suppress(Exception):
+            self._rule.merge(update, self.context(update))
+
     def copy(self) -> Vector:
         """float32 (P,)."""
         copied: Vector = self._filled().parameters.copy()
@@ -124,8 +134,11 @@ class SharedVector:
         rule = {f"{_RULE}{name}": array for name, array in self._rule.state().items()}
         return {"version": store.version, "increment": store.increment}, {**arrays, **rule}
 
-    def restore(self, numbers: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> None:
-        """Go on from :meth:`save`, once what is shared has been declared."""
+    def restore(
+        self, manifest: Manifest, numbers: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        """Go on from :meth:`save`, and from what was declared; whatever ``initial`` says is long past."""
+        self._manifest = manifest
         self._store = MemoryStore(arrays["parameters"])
         self._store.stat, self._store.changed_at = arrays["stat"], arrays["changed_at"]
         self._store.version, self._store.increment = numbers["version"], numbers["increment"]

@@ -7,11 +7,13 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import lightning_ppdl
+from lightning_ppdl import GrpcService, ParameterServer, RoundRobin
 
 ROOT = Path(lightning_ppdl.__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -64,6 +66,20 @@ def test_participant(tmp_path: Path) -> None:
     assert len(percents(output)) == 2
     assert min(percents(output)) > 80
     assert "the server merged 20 updates" in output
+
+
+def test_clinics_in_processes_of_their_own(tmp_path: Path) -> None:
+    server = ParameterServer(RoundRobin(), members=["clinic-a", "clinic-b"])
+    service = GrpcService(server, "127.0.0.1:0")
+    service.start()
+    try:
+        arguments = [[str(EXAMPLES / "clinic.py"), name, service.url] for name in ("clinic-a", "clinic-b")]
+        with ThreadPoolExecutor() as threads:
+            outputs = list(threads.map(lambda each: run(each, tmp_path), arguments))
+        assert min(number for output in outputs for number in percents(output)) > 80
+        assert server.version == 20
+    finally:
+        service.stop()
 
 
 def test_custom_selection(tmp_path: Path) -> None:

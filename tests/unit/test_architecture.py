@@ -128,7 +128,9 @@ def test_not_even_through_others() -> None:
 
 
 def test_few_rooms_know_lightning() -> None:
-    allowed = rooms("strategy", "callbacks", "private_training", "models", "simulation", "cli")
+    allowed = rooms(
+        "strategy", "callbacks", "private_training", "models", "simulation", "participation", "cli"
+    )
     knowing = {module for module in MODULES if third_party(module) & LIGHTNING}
     assert {module for module in knowing if not within(module, *allowed)} == set()
     assert set(rooms("strategy", "callbacks")) <= knowing
