@@ -3,7 +3,7 @@
     python benchmarks/throughput.py
 
 The paper's MLP (P = 140,106), a tenth of it up (the update's own encoding), all of it down. Server, echo and
-clients are processes; 8 clients' requests are under way at once. Repetitions alternate, medians count.
+clients are processes; 32 clients' requests are under way at once. Repetitions alternate, medians count.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -27,7 +28,7 @@ from lightning_ppdl.records import DownloadRequest, Manifest, ParameterSpec, Spa
 from lightning_ppdl.rpc import messages
 from lightning_ppdl.rpc import parameter_server_pb2 as pb
 
-P, ENTRIES, CLIENTS = 140_106, 14_010, 8
+P, ENTRIES, CLIENTS = 140_106, 14_010, 32
 MANIFEST = Manifest((ParameterSpec("w", (P,), "float32"),))
 SERVICE = f"/{messages.SERVICE}"
 OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
@@ -65,12 +66,14 @@ def serve_echo(ready: Any) -> None:
 def serve_parameters(ready: Any, state: str | None) -> None:
     from lightning_ppdl.server.core import ParameterServer
     from lightning_ppdl.server.merge import Add
+    from lightning_ppdl.cli.serve import SWITCH_SECONDS
     from lightning_ppdl.server.service import GrpcService
     from lightning_ppdl.server.state import StateDirectory
 
     initial = np.random.default_rng(0).standard_normal(P).astype(np.float32)
     kept = None if state is None else StateDirectory(state)
     service = GrpcService(ParameterServer(merge=Add(), initial=initial, state=kept), "127.0.0.1:0")
+    sys.setswitchinterval(SWITCH_SECONDS)  # as ppdl serve does
     service.start()
     ready.put(int(service.url.rpartition(":")[2]))
     time.sleep(3600)

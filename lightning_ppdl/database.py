@@ -25,6 +25,7 @@ _REMEDIES = {
 
 _LARGEST_WAL_BYTES = 64 * 2**20
 """Of SQLite's own log between two large transactions: what one needed beyond this is given back."""
+_LARGE_PAGE_BYTES = 16384
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,11 @@ class DatabaseFile:
     def _prepare(self, database: sqlite3.Connection) -> None:
         kind, execute = self._kind, database.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")
+        if kind.journal_mode == "WAL":
+            # Its rows have tens of kilobytes: larger pages nearly halve what writing one costs. A file that is
+            # there already keeps its own.
+            execute(f"PRAGMA page_size = {_LARGE_PAGE_BYTES}")
+            execute(f"PRAGMA wal_autocheckpoint = {_LARGEST_WAL_BYTES // 2 // _LARGE_PAGE_BYTES}")
         execute(f"PRAGMA journal_mode = {'MEMORY' if self.path is None else kind.journal_mode}")
         execute("PRAGMA synchronous = EXTRA")  # the file, and after it the directory
         execute(f"PRAGMA journal_size_limit = {_LARGEST_WAL_BYTES}")

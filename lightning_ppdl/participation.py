@@ -91,7 +91,7 @@ class Participation:
             require_count(name, getattr(self, name))
         if self.share > self.participants:
             raise ConfigurationError(
-                f"share={self.share} must be one of the participants={self.participants} shares, counted from 1; "
+                f"share={self.share} must be one of participants={self.participants} shares, counted from 1; "
                 f"raise participants"
             )
         if self.threads is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from lightning_ppdl.server.service import GrpcService
 
 log = logging.getLogger(__name__)
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread keeps the interpreter while others wait: the thread that answers requests and the one that
+writes the journal hand each upload to each other, and Python's own 5 ms would be most of what one takes."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ def run(arguments: Sequence[str]) -> int:
 def _task(cfg: DictConfig) -> None:
     refuse_unknown(cfg, config.ServeConfig)
     configure_logging(cfg.log, cfg.log_level)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with Stop() as stop, ExitStack() as running:
         parts = make_parts(cfg)
         running.callback(parts.server.close)
@@ -63,6 +70,8 @@ def _task(cfg: DictConfig) -> None:
         with _named(_TLS):
             parts.service.start()
         running.callback(parts.service.stop)
+        # Whoever supervises this process starts it again, and what it has promised is on the disk.
+        parts.service.failed = partial(os._exit, 1)
         print("\n".join(_banner(cfg, parts)), flush=True)
         log.info("serving at %s", parts.service.url, extra={"event": "serving", "url": parts.service.url})
         log.info("%s: answering what is under way, then ending", stop.wait())

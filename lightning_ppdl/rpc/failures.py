@@ -35,23 +35,23 @@ _PASSING = {
 }
 """Codes that a broken connection, a proxy or a busy server gives: worth another try."""
 
-
 _NO_PROOF = "CERTIFICATE_VERIFY_FAILED"
 _NO_TLS = "WRONG_VERSION_NUMBER"
 _NO_PEM = "Failed to create security handshaker"
 _LASTING = (_NO_PROOF, _NO_TLS, _NO_PEM, "larger than max")
 """Words of gRPC's own, under the same codes, for what will not pass."""
 
-_SENT_BY_SERVERS = (
-    errors.AdmissionError,
+_SENT_BY_SERVERS = {
     errors.ConfigurationError,
     errors.FingerprintMismatchError,
     errors.MergeError,
     errors.ServerClosedError,
     errors.ServerFailedError,
     errors.ServerUnavailableError,
-)
-"""What a server may have its participants raise. Budgets and ledgers are their own affair."""
+    errors.StateWriteError,
+}
+"""What a server may have its participants raise, besides its refusals. Budgets, ledgers and what became of
+an upload on its way are their own affair."""
 
 _TRY_AGAIN = {errors.StateWriteError.__name__, errors.ServerUnavailableError.__name__}
 
@@ -76,7 +76,7 @@ def error_of(code: str, name: str | None, said: str, url: str) -> errors.PPDLErr
     said = "".join(character if character.isprintable() else " " for character in said[:_MOST_SAID])
     if name is not None:
         kind = getattr(errors, name, None)
-        if isinstance(kind, type) and issubclass(kind, _SENT_BY_SERVERS):
+        if isinstance(kind, type) and (kind in _SENT_BY_SERVERS or issubclass(kind, errors.AdmissionError)):
             return kind(said)
         # Of a later version, or none that a server should know of.
         return errors.AdmissionError(said) if code in _REFUSALS else errors.ServerFailedError(said)

@@ -99,6 +99,8 @@ class GrpcService:
         self._ended: asyncio.Event | None = None
         self._changed: asyncio.Event | None = None
         self._started = threading.Event()
+        self.failed: Callable[[], None] = lambda: None
+        """Called if it cannot go on, after that is in the log."""
         self._problem: BaseException | None = None
 
     @property
@@ -142,6 +144,7 @@ class GrpcService:
             self._problem = error
             if self._started.is_set():
                 log.exception("the gRPC service at %s failed", self.url)
+                self.failed()
         finally:
             self._started.set()
 

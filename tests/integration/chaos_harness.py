@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Outcome:
         turn_lost: Given up, because the turn had run out.
         merged: Rounds in the parameters.
         merged_unacknowledged: Of those, the ones whose receipt never arrived.
-        failed_writes: Refusals for a full disk that participants were told of.
+        failed_writes: Requests that were refused for a full disk, and tried again.
         violations: What must not be; empty if all went well.
     """
 
@@ -121,26 +122,27 @@ class Chaos:
         self._names = [f"clinic-{number}" for number in range(participants)]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
+        # Two must not kill the same one at the same time.
+        self._hands_on = [threading.Lock() for _ in self._names]
         self._server = Process(serve, directory, port, protocol, lease_seconds)
         self._proxy = Proxy(port)
         self._members = [
             Process(participate, directory, self._proxy.url, participants, name, place)
             for place, name in enumerate(self._names)
         ]
+        # Two threads kill participants, and not both the same one.
+        self._hands_on = [threading.Lock() for _ in self._names]
 
     def run(self, seconds: float) -> Outcome:
         """Chaos for ``seconds``, then peace until everyone is done, then the reckoning."""
         afflictions: list[Callable[[random.Random], None]] = [self._kill_server, self._cut, self._fill_disk]
         afflictions += [self._kill_participant] * 2
-        threads = [
-            threading.Thread(target=self._afflict, args=(one, self._chance.random())) for one in afflictions
-        ]
-        for thread in threads:
-            thread.start()
-        time.sleep(seconds)
-        self._calm.set()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(afflictions)) as pool:
+            at_work = [pool.submit(self._afflict, one, self._chance.random()) for one in afflictions]
+            time.sleep(seconds)
+            self._calm.set()
+        for one in at_work:
+            one.result()
         (self._directory / "stop").touch()
         deadline = time.monotonic() + 90
         for name, member in zip(self._names, self._members):
@@ -258,7 +260,7 @@ class Chaos:
             outcome.merged += len(merged)
             outcome.merged_unacknowledged += len(merged - set(diary.got))
             log = (self._directory / f"{name}.log").read_text(errors="replace")
-            outcome.failed_writes += log.count("could not be written")
+            outcome.failed_writes += log.count("could not make this durable")
         if not np.array_equal(parameters[len(self._names) * SLOTS :], shared.astype(np.float32)):
             violations.append("the shared entries are not the sum of the merged rounds")
         if not version == status.uploads == outcome.merged:

@@ -1,8 +1,8 @@
 """A participant of a chaos run, in a process of its own, with a real ledger and a real connection.
 
-What it does it also writes, durably, into a diary, which the run is checked against in the end. The lines are
-``plan ROUND BASE SEED DIGEST`` before the ledger has it, ``sent ROUND DIGEST`` before it is sent, or sent again
-by a later life, ``got ROUND VERSION STALENESS`` for a receipt, and ``lost ROUND`` where the turn had run out.
+What it does it also writes, durably, into a diary, which the run is checked against in the end. Its lines:
+``plan ROUND BASE SEED DIGEST`` before the ledger has it, ``sent ROUND DIGEST`` before it is sent (again, by a
+later life), ``got ROUND VERSION STALENESS`` for a receipt, and ``lost ROUND`` where the turn had run out.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ PROTOCOLS = {"asynchronous": Asynchronous, "round_robin": RoundRobin}
 
 
 def serve(directory: Path, port: int, protocol: str, lease_seconds: float) -> None:
-    """Serve from ``state`` in ``directory`` until there is a file ``closed`` in it. While there is one with the
-    name ``full``, no file can be written to."""
+    """Serve from ``state`` in ``directory`` until there is a file ``closed`` in it. While there is one named
+    ``full``, no file can be written to."""
     from lightning_ppdl.server.service import GrpcService  # not in the process that this one is forked from
 
+    logging.raiseExceptions = False  # the log finds no room either
     logging.basicConfig(filename=directory / "server.log", level=logging.INFO)
     state = StateDirectory(directory / "state", compact_bytes=200_000)
     server = ParameterServer(

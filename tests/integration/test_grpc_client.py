@@ -248,27 +248,6 @@ def test_leaving_a_server_that_is_gone_takes_no_patience() -> None:
         assert anna.join("anna", MANIFEST).last_round == 0
 
 
-# Size
-
-
-def test_messages_of_forty_megabytes_pass() -> None:
-    size = 10_000_000
-    noise = np.random.default_rng(0).standard_normal(size).astype(np.float32)
-    with serving() as served:
-        anna = connect(served.url)
-        assert anna.join("anna", vector(size)).needs_initial
-        assert anna.offer_initial(noise)
-        raw = encoded(size=size, indices=range(size), values=noise.view(np.uint32).astype(np.float32))
-        assert anna.upload(raw).version == 1
-        message = anna.download(DownloadRequest(1.0))
-        assert min(len(raw), len(message)) > 25_000_000
-        got = wire.decode_download(message, size)
-        np.testing.assert_array_equal(got.values, served.server.parameters())
-        manifest, exported = anna.export()
-        assert manifest.size == size and len(exported) == len(message)
-        anna.leave()
-
-
 # Processes
 
 

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from grpc_harness import (
     MANIFEST,
-    PATIENT_SECONDS,
     SIZE,
     Client,
-    Served,
+    Target,
     encoded,
     join_request,
     seen,
@@ -27,7 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_ppdl import wire
-from lightning_ppdl.records import DownloadRequest, Manifest, ParameterSpec
+from lightning_ppdl.records import Manifest, ParameterSpec
 from lightning_ppdl.rpc import messages
 from lightning_ppdl.rpc import parameter_server_pb2 as pb
 from lightning_ppdl.server.protocol import RoundRobin
@@ -35,38 +34,6 @@ from lightning_ppdl.server.protocol import RoundRobin
 STREAMS = ["OfferInitial", "UploadParts"]
 OF_A_SESSION = ["TakeTurn", "RenewTurn", "EndTurn", "Download", "Upload", "Leave", *STREAMS]
 METHODS = ["Join", "Status", "Export", *OF_A_SESSION]
-
-
-class Target:
-    """A server with anna in it, one round old, and a client that means no good."""
-
-    def __init__(self, served: Served) -> None:
-        self.served = served
-        self.server = served.server
-        self.anna = served.member("anna")
-        self.anna.upload(encoded())
-        self.session = session_of(self.anna)
-        self.client = Client(served.url)
-        self.round = 1
-
-    def require_refused(self, method: str, *sent: Any, error: str, code: str) -> str:
-        """One refusal, counted once, that changes nothing and says nothing of the server's insides."""
-        before, counted = seen(self.server), self.server.status().rejections
-        started = time.monotonic()
-        answer = self.client.ask(method, *sent)
-        assert (answer.code, answer.error) == (code, error), answer
-        assert time.monotonic() - started < PATIENT_SECONDS / 2
-        assert len(answer.details.encode()) < 2000
-        assert "Traceback" not in answer.details and ".py" not in answer.details
-        assert seen(self.server) == before
-        after = self.server.status().rejections
-        assert {**counted, error: counted.get(error, 0) + 1} == after
-        return answer.details
-
-    def require_at_work(self) -> None:
-        self.round += 1
-        base = wire.decode_download(self.anna.download(DownloadRequest(1.0)), SIZE).version
-        assert self.anna.upload(encoded(round_=self.round, base=base)).round == self.round
 
 
 @pytest.fixture(scope="module")

@@ -163,10 +163,8 @@ def test_training_goes_on_alone_while_the_server_is_away(tmp_path: Path) -> None
 def test_an_unreachable_server_ends_training_within_its_time(
     tmp_path: Path, choice: str, seconds: int
 ) -> None:
-    anna = Joined(
-        *(tmp_path, "grpc://127.0.0.1:9", "anna", *SMALL, f"on_unreachable={choice}"),
-        f"unreachable_seconds={seconds}",
-    )
+    unreachable = [f"on_unreachable={choice}", f"unreachable_seconds={seconds}"]
+    anna = Joined(tmp_path, "grpc://127.0.0.1:9", "anna", *SMALL, *unreachable)
     assert anna.wait() == 1
     assert "ppdl join: 'grpc://127.0.0.1:9' did not answer" in anna.log and "Traceback" not in anna.log
 
