@@ -25,7 +25,7 @@ from lightning_ppdl import wire
 from lightning_ppdl.backends import Backend, connect
 from lightning_ppdl.records import DownloadRequest, Manifest, ParameterSpec, SparseUpdate
 
-STEPS = 4
+STEPS, THREADS = 4, 8
 
 
 def serve(control: Any, state: str | None) -> None:
@@ -84,21 +84,23 @@ def measure(uploads: int, participants: int, size: int, durable: bool) -> list[t
         url = ours.recv()
         resident = psutil.Process(process.pid).memory_info
         members = [Participant(url, number, size) for number in range(participants)]
-        pool = stack.enter_context(ThreadPoolExecutor(8))
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         measured = [(0, int(resident().rss))]
-        # Nobody's rounds overlap: each thread has participants of its own.
-        shares = [members[number::8] for number in range(8)]
+        following = itertools.cycle(range(participants))
         for step in range(STEPS):
-            rounds = uploads // STEPS // participants
-            list(pool.map(lambda share: _take_rounds(share, rounds), shares))  # noqa: B023
-            measured.append(((step + 1) * rounds * participants, int(resident().rss)))
+            # Nobody's rounds overlap: each thread has participants of its own.
+            work: list[list[Participant]] = [[] for _ in range(THREADS)]
+            for number in itertools.islice(following, uploads // STEPS):
+                work[number % THREADS].append(members[number])
+            list(pool.map(_exchange, work))
+            measured.append(((step + 1) * (uploads // STEPS), int(resident().rss)))
         for member in members:
             member.leave()
     return measured
 
 
-def _take_rounds(members: list[Participant], rounds: int) -> None:
-    for _, member in itertools.product(range(rounds), members):
+def _exchange(members: list[Participant]) -> None:
+    for member in members:
         member.exchange()
 
 

@@ -337,7 +337,8 @@ def _tell(trainer: pl.Trainer, line: str) -> None:
     """A line for the user, above the progress bar where there is one."""
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.print(line)
-    log.warning("%s", line)
+    else:
+        log.warning("%s", line)
 
 
 def _loss_scale_overflowed(trainer: pl.Trainer, parameters: list[torch.nn.Parameter]) -> bool:

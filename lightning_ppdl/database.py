@@ -195,7 +195,7 @@ class DatabaseFile:
         kind, execute = self._kind, database.execute
         execute("PRAGMA locking_mode = EXCLUSIVE")
         if kind.journal_mode == "WAL":
-            # Its rows have tens of kilobytes: larger pages nearly halve what writing one costs. A file that is
+            # Rows have tens of kilobytes: larger pages nearly halve what writing one costs. A file that is
             # there already keeps its own.
             execute(f"PRAGMA page_size = {_LARGE_PAGE_BYTES}")
             execute(f"PRAGMA wal_autocheckpoint = {_LARGEST_WAL_BYTES // 2 // _LARGE_PAGE_BYTES}")

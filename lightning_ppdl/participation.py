@@ -114,11 +114,18 @@ class Participation:
         module = self._make_module(splits)
         trainer = self._make_trainer()
         checkpoint = self.directory / CHECKPOINT
-        trainer.fit(
-            module,
-            train_dataloaders=self._batches(splits),
-            ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
-        )
+        kept = str(checkpoint) if checkpoint.is_file() else None
+        try:
+            trainer.fit(module, train_dataloaders=self._batches(splits), ckpt_path=kept)
+        except (MisconfigurationException, RuntimeError) as error:
+            # What Lightning and torch say of a checkpoint that does not fit is about things nobody here wrote.
+            unfit = isinstance(error, MisconfigurationException) or "state_dict" in str(error)
+            if kept is None or not unfit:
+                raise
+            raise ConfigurationError(
+                f"directory={str(self.directory)!r} holds the checkpoint of a run with another model, or with "
+                f"more than rounds={self.rounds} rounds; go on with its settings, or give another directory"
+            ) from error
         self.directory.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in module.state_dict().items()}, self.directory / MODEL)
         reports = self.strategy.reports

@@ -92,10 +92,11 @@ class Manifest:
         """
         if self.fingerprint == joining.fingerprint:
             return
+        remedy = "Share the same parameters as the others, or join another collaboration"
+        if server.startswith("memory:"):
+            remedy += f"; lightning_ppdl.close({server!r}) ends this one"
         raise FingerprintMismatchError(
-            f"this module cannot join {server!r}: {self._first_difference(joining)}. Share the same "
-            f"parameters as the others, join under another name, or end the old collaboration with "
-            f"lightning_ppdl.close({server!r})"
+            f"this module cannot join {server!r}: {self._first_difference(joining)}. {remedy}"
         )
 
     def _first_difference(self, other: Manifest) -> str:

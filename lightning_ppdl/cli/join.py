@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ def _task(cfg: DictConfig) -> None:
         if OmegaConf.is_missing(cfg, name):
             example = {"server": "grpc://localhost:50051", "participant": "clinic-a"}[name]
             raise ConfigurationError(f"{name} is missing: give {name}={example}, say")
+    if re.search(r"[/\\]|^\.", cfg.participant) and cfg.participant in f"{cfg.directory} {cfg.ledger}":
+        raise ConfigurationError(
+            f"participant={cfg.participant!r} cannot be part of a file's name: give a directory and a ledger"
+        )
     from lightning_ppdl.participation import Participation
     from lightning_ppdl.simulation.settings import trainer_argument_problem
 

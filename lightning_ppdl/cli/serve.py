@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.0005
-"""How long a thread keeps the interpreter while others wait: the thread that answers requests and the one that
+"""How long a thread keeps the interpreter while others wait: the one that answers requests and the one that
 writes the journal hand each upload to each other, and Python's own 5 ms would be most of what one takes."""
 
 

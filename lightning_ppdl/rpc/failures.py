@@ -6,6 +6,9 @@ from lightning_ppdl import errors
 
 METADATA_KEY = "ppdl-error"
 
+HERE = "this server"
+"""What a server calls itself in its messages: only who reads them knows by which address it was reached."""
+
 # By base class; the first that fits. Names are those of grpc.StatusCode.
 _CODES: tuple[tuple[type[errors.PPDLError], str], ...] = (
     (errors.AuthenticationError, "UNAUTHENTICATED"),
@@ -77,7 +80,7 @@ def error_of(code: str, name: str | None, said: str, url: str) -> errors.PPDLErr
     if name is not None:
         kind = getattr(errors, name, None)
         if isinstance(kind, type) and (kind in _SENT_BY_SERVERS or issubclass(kind, errors.AdmissionError)):
-            return kind(said)
+            return kind(said.replace(repr(HERE), repr(url)))
         # Of a later version, or none that a server should know of.
         return errors.AdmissionError(said) if code in _REFUSALS else errors.ServerFailedError(said)
     if _NO_PROOF in said:
@@ -99,7 +102,9 @@ def error_of(code: str, name: str | None, said: str, url: str) -> errors.PPDLErr
     if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return errors.AuthenticationError(f"{url!r}: {said}")
     if code == "UNAVAILABLE" and "Socket closed" in said:
-        said += " (as a server does that speaks TLS to who does not, or asks for a certificate that it knows)"
+        said += (
+            " (the server ended; or it speaks TLS, and this is no grpcs://; or it refuses this certificate)"
+        )
     return errors.ServerUnavailableError(f"{url!r} did not answer ({code}): {said}")
 
 

@@ -304,7 +304,7 @@ class GrpcService:
                 )
         _ = manifest.fingerprint  # computed now, and not while the server is locked
         try:
-            return self._server.join(request.participant, manifest, self.url)
+            return self._server.join(request.participant, manifest, failures.HERE)
         except ConfigurationError as error:
             require_name("participant", request.participant)
             # It is the server's own configuration then, whose files are nobody else's business.

@@ -257,17 +257,20 @@ def test_a_revoked_token_ends_what_its_session_may_do(tmp_path: Path, way: str) 
     keys = Keys(tmp_path / "keys", way)
     make_keys(keys.directory, ["127.0.0.1"], ["anna", "ben"])
     tokens, fresh = keys.directory / "tokens.txt", new_token()
-    with annas_turn(keys) as (served, session):
-        with Client(served.url, keys.channel("anna" if way == "both" else None), keys.bearer("anna")) as anna:
-            assert anna.ask("RenewTurn", pb.SessionRequest(session=session)).code == "OK"
-            lines = [line for line in tokens.read_text().splitlines() if not line.startswith("anna")]
-            _replace(tokens, lines)
-            require_refused(anna, served, session, set(), "revoked")
-            # Another token of the same participant: the session is still hers.
-            _replace(tokens, [*lines, f"anna\t{hash_token(fresh)}"])
-            require_refused(anna, served, session, set(), "replaced")
-            anna.metadata = [("authorization", f"Bearer {fresh}")]
-            assert anna.ask("Upload", requests(session)["Upload"]).code == "OK"
+    certified = "anna" if way == "both" else None
+    with (
+        annas_turn(keys) as (served, session),
+        Client(served.url, keys.channel(certified), keys.bearer("anna")) as anna,
+    ):
+        assert anna.ask("RenewTurn", pb.SessionRequest(session=session)).code == "OK"
+        lines = [line for line in tokens.read_text().splitlines() if not line.startswith("anna")]
+        _replace(tokens, lines)
+        require_refused(anna, served, session, set(), "revoked")
+        # Another token of the same participant: the session is still hers.
+        _replace(tokens, [*lines, f"anna\t{hash_token(fresh)}"])
+        require_refused(anna, served, session, set(), "replaced")
+        anna.metadata = [("authorization", f"Bearer {fresh}")]
+        assert anna.ask("Upload", requests(session)["Upload"]).code == "OK"
     assert served.server.status().uploads == 1
 
 

@@ -300,3 +300,17 @@ def test_while_an_upload_is_on_its_way_its_bytes_get_its_receipt_and_others_are_
     assert first.result(30) == again.result(30) == after_joining.result(30)
     assert server.version == 1
     server.close()
+
+
+@pytest.mark.parametrize("protocol", [RoundRobin(), RandomOrder(), Synchronous()])
+def test_what_happens_later_does_not_change_a_state_on_its_way_to_the_disk(
+    protocol: ExchangeProtocol,
+) -> None:
+    turns = protocol.make_turns(["anna", "ben"], 60.0, lambda: 0.0)
+    turns.take("anna")
+    state = turns.state_dict()
+    before = copy.deepcopy(state)
+    turns.enter("cleo")
+    turns.end("anna")
+    turns.leave("ben")
+    assert state == before != turns.state_dict()
