@@ -64,9 +64,9 @@ def serve_echo(ready: Any) -> None:
 
 
 def serve_parameters(ready: Any, state: str | None) -> None:
+    from lightning_ppdl.cli.serve import SWITCH_SECONDS
     from lightning_ppdl.server.core import ParameterServer
     from lightning_ppdl.server.merge import Add
-    from lightning_ppdl.cli.serve import SWITCH_SECONDS
     from lightning_ppdl.server.service import GrpcService
     from lightning_ppdl.server.state import StateDirectory
 

@@ -118,13 +118,13 @@ class Participation:
         try:
             trainer.fit(module, train_dataloaders=self._batches(splits), ckpt_path=kept)
         except (MisconfigurationException, RuntimeError) as error:
-            # What Lightning and torch say of a checkpoint that does not fit is about things nobody here wrote.
+            # What Lightning and torch say of a checkpoint that does not fit names things nobody wrote here.
             unfit = isinstance(error, MisconfigurationException) or "state_dict" in str(error)
             if kept is None or not unfit:
                 raise
             raise ConfigurationError(
-                f"directory={str(self.directory)!r} holds the checkpoint of a run with another model, or with "
-                f"more than rounds={self.rounds} rounds; go on with its settings, or give another directory"
+                f"directory={str(self.directory)!r} holds the checkpoint of a run with another model, or "
+                f"with more than rounds={self.rounds}; go on with its settings, or give another directory"
             ) from error
         self.directory.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in module.state_dict().items()}, self.directory / MODEL)
