@@ -268,15 +268,23 @@ class ParameterServer:
         Raises:
             AdmissionError: one subclass for each reason to refuse; nothing is changed then.
         """
+        # What takes long, before the others are kept waiting; whether it may be asked at all is said first.
+        problem, update = None, None
+        try:
+            update = wire.decode_update(message, self._vector.size)
+        except AdmissionError as error:
+            problem = error
+        digest = hashlib.sha256(message).hexdigest()
         with self._request():
             member = self._books.present(session)
-            update = wire.decode_update(message, self._vector.size)
+            if update is None:
+                assert problem is not None
+                raise problem
             if update.participant != member.name:
                 raise AuthenticationError(
                     f"update of participant {update.participant!r}: this session is {member.name!r}'s; "
                     f"nobody uploads for another"
                 )
-            digest = hashlib.sha256(message).hexdigest()
             if (answer := member.answered(update, digest)) is not None:
                 return answer
             context = self._vector.context(update)
