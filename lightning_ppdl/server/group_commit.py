@@ -43,11 +43,14 @@ class GroupCommit(Generic[T]):
         """
         self._waiting.put((item, then))
 
-    def close(self) -> None:
-        """Write what was added, and end; once more does nothing."""
+    def close(self) -> bool:
+        """Write what was added, and end; once more does nothing. Whether everything is done already: from
+        within an answer it cannot be."""
         self._waiting.put(None)
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._thread is threading.current_thread():
+            return False
+        self._thread.join()
+        return True
 
     def _run(self) -> None:
         while self._write_group():

@@ -50,7 +50,8 @@ class JournalEntry:
         turns: The state of the turns before it ends those of the uploads.
         number: Its place in the journal, from 1; 0 for an entry that is not written yet.
         failed: Whether it is known that the merge rule raised.
-        last: Whether it was part of the last write, after which such knowledge may have been lost.
+        last: Whether it was part of the last write before the server was killed, after which such knowledge
+            may have been lost.
     """
 
     message: bytes | bytearray
@@ -116,7 +117,8 @@ def entry_after(number: int, database: sqlite3.Connection) -> JournalEntry | Non
         sqlite3.DatabaseError: if it is not as it was written.
     """
     row = database.execute(
-        "SELECT number, failed, write = (SELECT write FROM journal ORDER BY number DESC LIMIT 1), "
+        "SELECT number, failed, write = (SELECT write FROM journal ORDER BY number DESC LIMIT 1) "
+        "AND number > COALESCE((SELECT CAST(document AS INTEGER) FROM facts WHERE name = 'settled'), 0), "
         "document, message, checksum FROM journal WHERE number > ? ORDER BY number LIMIT 1",
         (number,),
     ).fetchone()
@@ -129,11 +131,17 @@ def entry_after(number: int, database: sqlite3.Connection) -> JournalEntry | Non
     return JournalEntry(message, accepted, document["turns"], number, bool(failed), bool(last))
 
 
+def settled_through(number: int) -> Fact:
+    """Of all entries up to this one it is known whether they were merged."""
+    return Fact("settled", json.dumps(number))
+
+
 def replace_snapshot(database: sqlite3.Connection, snapshot: Snapshot) -> None:
     """Let ``snapshot`` take the place of the last one, and of the journal."""
     blobs.replace_arrays(database, snapshot.arrays)
     Fact("snapshot", json.dumps(snapshot.document)).insert(database)
     database.execute("DELETE FROM journal")
+    database.execute("DELETE FROM facts WHERE name = 'settled'")  # numbers may begin anew
 
 
 def mark_failed(database: sqlite3.Connection, numbers: list[int]) -> None:

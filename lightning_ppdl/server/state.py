@@ -21,6 +21,7 @@ from lightning_ppdl.server.journal import (
     entry_after,
     mark_failed,
     replace_snapshot,
+    settled_through,
 )
 
 log = logging.getLogger(__name__)
@@ -117,8 +118,13 @@ class StateDirectory:
     def close(self) -> None:
         """Write what was appended, and let the directory go; once more does nothing."""
         if self._group is not None:
-            self._group.close()
+            done = self._group.close()
             self._group = None
+            if done and self.journal_bytes:
+                try:
+                    self._commit([settled_through(self._next - 1)])
+                except StateError as error:
+                    log.debug("that all merges were made is not noted: %s", error)
         if self._file is not None:
             self._file.close()
 

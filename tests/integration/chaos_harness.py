@@ -112,7 +112,7 @@ class Chaos:
     """
 
     def __init__(
-        self, directory: Path, protocol: str, participants: int, seed: int, lease_seconds: float = 2.0
+        self, directory: Path, protocol: str, participants: int, seed: int, lease_seconds: float = 1.0
     ) -> None:
         self._directory = directory
         self._protocol = protocol
@@ -179,7 +179,7 @@ class Chaos:
             pass
 
     def _kill_participant(self, chance: random.Random) -> None:
-        self._calm.wait(chance.uniform(0.3, 2.5))
+        self._calm.wait(chance.uniform(0.5, 5.0))
         place = chance.randrange(len(self._members))
         member = self._members[place]
         with self._hands_on[place]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -124,3 +125,17 @@ def test_restarts_change_nothing(
         walk.step()
     assert walk.merged >= 5 and walk.restarts >= (1 if walk.synchronous else 3)
     twins.close()
+
+
+@pytest.mark.parametrize("protocol", [RoundRobin(), RandomOrder(), Synchronous()])
+def test_what_happens_later_does_not_change_a_state_on_its_way_to_the_disk(
+    protocol: ExchangeProtocol,
+) -> None:
+    turns = protocol.make_turns(["anna", "ben"], 60.0, lambda: 0.0)
+    turns.take("anna")
+    state = turns.state_dict()
+    before = copy.deepcopy(state)
+    turns.enter("cleo")
+    turns.end("anna")
+    turns.leave("ben")
+    assert state == before != turns.state_dict()

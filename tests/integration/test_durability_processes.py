@@ -18,10 +18,7 @@ from durable_harness import MANIFEST, SIZE, everything, joined, message, serving
 from killed_server import ENTRIES, upload_for_ever
 
 from lightning_ppdl import RoundRobin, Synchronous
-from lightning_ppdl.errors import (
-    PPDLError,
-    ServerClosedError,
-)
+from lightning_ppdl.errors import LimitExceededError, PPDLError, ServerClosedError
 from lightning_ppdl.records import Receipt
 from lightning_ppdl.server.state import StateDirectory
 
@@ -83,6 +80,22 @@ def test_killed_at_any_instant_every_receipt_is_kept_and_nothing_else_is_merged(
 
 
 # Many at once
+
+
+def test_while_an_upload_is_on_its_way_its_bytes_get_its_receipt_and_others_are_refused(path: Path) -> None:
+    server = serving(path)
+    anna = joined(server, "anna")
+    with server.changed:  # so nothing is answered meanwhile
+        first, again = server.submit(anna, message("anna")), server.submit(anna, message("anna"))
+        for other in (message("anna", seed=1), message("anna", 2)):
+            with pytest.raises(LimitExceededError, match="one round at a time"):
+                server.submit(anna, other)
+        assert not first.cancel()  # whoever gives up does not take it from the others
+        anna_again = server.join("anna", MANIFEST).session
+        after_joining = server.submit(anna_again, message("anna"))
+    assert first.result(30) == again.result(30) == after_joining.result(30)
+    assert server.version == 1
+    server.close()
 
 
 def test_receipts_come_in_the_order_of_the_journal(path: Path) -> None:

@@ -27,7 +27,6 @@ from lightning_ppdl import (
 )
 from lightning_ppdl.errors import (
     ConfigurationError,
-    LimitExceededError,
     RoundSeenBeforeError,
     SessionEndedError,
     TurnNotHeldError,
@@ -284,33 +283,3 @@ def test_other_rules_are_refused_with_the_remedy(
     for _ in range(2):  # and what refused holds nothing
         with pytest.raises(ConfigurationError, match=said + r".* ?.*initial=FILE .*ppdl export"):
             serving(path, **now)
-
-
-def test_while_an_upload_is_on_its_way_its_bytes_get_its_receipt_and_others_are_refused(path: Path) -> None:
-    server = serving(path)
-    anna = joined(server, "anna")
-    with server.changed:  # so nothing is answered meanwhile
-        first, again = server.submit(anna, message("anna")), server.submit(anna, message("anna"))
-        for other in (message("anna", seed=1), message("anna", 2)):
-            with pytest.raises(LimitExceededError, match="one round at a time"):
-                server.submit(anna, other)
-        assert not first.cancel()  # whoever gives up does not take it from the others
-        anna_again = server.join("anna", MANIFEST).session
-        after_joining = server.submit(anna_again, message("anna"))
-    assert first.result(30) == again.result(30) == after_joining.result(30)
-    assert server.version == 1
-    server.close()
-
-
-@pytest.mark.parametrize("protocol", [RoundRobin(), RandomOrder(), Synchronous()])
-def test_what_happens_later_does_not_change_a_state_on_its_way_to_the_disk(
-    protocol: ExchangeProtocol,
-) -> None:
-    turns = protocol.make_turns(["anna", "ben"], 60.0, lambda: 0.0)
-    turns.take("anna")
-    state = turns.state_dict()
-    before = copy.deepcopy(state)
-    turns.enter("cleo")
-    turns.end("anna")
-    turns.leave("ben")
-    assert state == before != turns.state_dict()

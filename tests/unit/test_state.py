@@ -214,4 +214,11 @@ def test_a_failed_merge_is_marked_with_the_next_write_at_the_latest(path: Path) 
         state.write(entry(4), lambda: None)
     with opened(path) as state:
         assert [one.failed for one in state.journal()] == [True, False, True, False]
-        assert [one.last for one in state.journal()] == [False, False, False, True]
+        assert not any(one.last for one in state.journal())  # it was closed, so all is known
+        state.write(entry(5), lambda: None)
+        assert [one.last for one in state.journal()] == [False, False, False, False, True]
+    with opened(path) as state:
+        state.put_snapshot(Snapshot({}, {}))
+    with opened(path) as state:
+        state.write(entry(1), lambda: None)
+        assert [one.last for one in state.journal()] == [True]
