@@ -22,6 +22,7 @@ from lightning_ppdl.errors import ConfigurationError, PPDLError
 from lightning_ppdl.models import Classifier, OptimizerFactory
 from lightning_ppdl.partition import Partition
 from lightning_ppdl.randomness import derive_seed, torch_generator
+from lightning_ppdl.simulation.evaluation import Evaluator
 from lightning_ppdl.strategy import DSSGDStrategy
 from lightning_ppdl.validation import require_count
 
@@ -132,7 +133,7 @@ class Participation:
         return ParticipationResults(
             rounds=len(reports),
             merged=sum(report.merged for report in reports),
-            accuracy=_accuracy(module, splits),
+            accuracy=Evaluator(module, splits.test, splits.classes).of_module(module),
             model=self.directory / MODEL,
         )
 
@@ -169,12 +170,3 @@ class Participation:
             if isinstance(error, PPDLError):
                 raise
             raise ConfigurationError(f"trainer: {error}") from error
-
-
-def _accuracy(module: Classifier, splits: Splits) -> float:
-    module.eval()
-    right = 0
-    with torch.no_grad():
-        for inputs, labels in loader(splits.test, 1000):
-            right += int((module(inputs.to(module.device)).argmax(1).cpu() == labels).sum())
-    return right / len(splits.test)
