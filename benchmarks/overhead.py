@@ -28,7 +28,7 @@ from lightning_ppdl.server.core import ParameterServer
 from lightning_ppdl.server.protocol import RoundRobin
 from lightning_ppdl.simulation import Simulation
 from lightning_ppdl.simulation.quiet import quiet_lightning
-from lightning_ppdl.strategy import DSSGDStrategy
+from lightning_ppdl import DSSGDStrategy
 
 TARGETS: dict[str, tuple[str, float | None]] = {
     "a Trainer": ("Trainer", 1.10),

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from lightning_ppdl.backends.grpc import GrpcBackend as GrpcBackend
     from lightning_ppdl.backends.memory import close as close
     from lightning_ppdl.backends.memory import serve as serve
-    from lightning_ppdl.callbacks import DSSGDCallback as DSSGDCallback
     from lightning_ppdl.errors import ConfigurationError as ConfigurationError
     from lightning_ppdl.errors import PPDLError as PPDLError
     from lightning_ppdl.privacy.ledger import Ledger as Ledger
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
     from lightning_ppdl.privacy.participant_level import ParticipantLevel as ParticipantLevel
     from lightning_ppdl.privacy.record.record_level import RecordLevel as RecordLevel
     from lightning_ppdl.privacy.sparse_vector import SparseVector as SparseVector
+    from lightning_ppdl.pytorch_lightning import DSSGDCallback as DSSGDCallback
+    from lightning_ppdl.pytorch_lightning import DSSGDDDPStrategy as DSSGDDDPStrategy
+    from lightning_ppdl.pytorch_lightning import DSSGDStrategy as DSSGDStrategy
     from lightning_ppdl.selection import LargestValues as LargestValues
     from lightning_ppdl.selection import RandomAboveThreshold as RandomAboveThreshold
     from lightning_ppdl.selection import RandomFraction as RandomFraction
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from lightning_ppdl.server.security import Security as Security
     from lightning_ppdl.server.service import GrpcService as GrpcService
     from lightning_ppdl.server.state import StateDirectory as StateDirectory
-    from lightning_ppdl.strategy import DSSGDStrategy as DSSGDStrategy
 
 # Importing this package is cheap, and pulls in neither torch nor Lightning: Hydra imports it in every
 # application of the environment to find our configuration groups.
@@ -55,13 +56,13 @@ _HOMES = {
     "backends": ("Backend", "connect"),
     "backends.grpc": ("Credentials", "GrpcBackend"),
     "backends.memory": ("close", "serve"),
-    "callbacks": ("DSSGDCallback",),
     "errors": ("ConfigurationError", "PPDLError"),
     "privacy.ledger": ("Ledger",),
     "privacy.mechanism": ("Mechanism",),
     "privacy.participant_level": ("ParticipantLevel",),
     "privacy.record.record_level": ("RecordLevel",),
     "privacy.sparse_vector": ("SparseVector",),
+    "pytorch_lightning": ("DSSGDCallback", "DSSGDDDPStrategy", "DSSGDStrategy"),
     "selection": ("LargestValues", "RandomAboveThreshold", "RandomFraction", "Selection"),
     "server.core": ("ParameterServer",),
     "server.download": ("ChangedSince", "DownloadCriterion", "MostRecent", "MostUpdated"),
@@ -84,7 +85,6 @@ _HOMES = {
     "server.security": ("Limits", "Security"),
     "server.service": ("GrpcService",),
     "server.state": ("StateDirectory",),
-    "strategy": ("DSSGDStrategy",),
 }
 _EXPORTS = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 
@@ -92,6 +92,8 @@ __all__ = [*sorted(_EXPORTS), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "lightning":  # a module of its own, since only it needs that package
+        return import_module(f"{__name__}.lightning")
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_EXPORTS[name]), name)
@@ -103,17 +105,23 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS})
 
 
-def _dssgd(**arguments: Any) -> "DSSGDStrategy":
-    return __getattr__("DSSGDStrategy")(**arguments)  # type: ignore[no-any-return]
+# Lightning's two packages, and the module that makes strategies for each.
+_PLUGINS = {"pytorch_lightning": "pytorch_lightning", "lightning.pytorch": "lightning"}
 
 
-def _register_strategy(lightning: Any) -> None:
-    # A function, not the class: this runs in the middle of whatever first imported Lightning, which
-    # may be the very module that the class is made in.
-    lightning.strategies.StrategyRegistry.register(
-        "dssgd", _dssgd, description="Distributed selective SGD, one device"
-    )
+def _register_strategies(lightning: Any) -> None:
+    # Functions, not the classes: this runs in the middle of whatever first imported Lightning, which
+    # may be the very module that the classes are made in.
+    def make(name: str, arguments: dict[str, Any]) -> Any:
+        plugin = import_module(f"{__name__}.{_PLUGINS[lightning.__name__]}")
+        return getattr(plugin, name)(**arguments)
+
+    registry = lightning.strategies.StrategyRegistry
+    one, several = "Distributed selective SGD, one device", "Distributed selective SGD, several devices"
+    registry.register("dssgd", lambda **given: make("DSSGDStrategy", given), description=one)
+    registry.register("dssgd_ddp", lambda **given: make("DSSGDDDPStrategy", given), description=several)
 
 
-# Trainer(strategy="dssgd") works whichever of the two packages is imported first.
-wrapt.register_post_import_hook(_register_strategy, "pytorch_lightning")
+# Trainer(strategy="dssgd") works whichever of the packages is imported first.
+for _package in _PLUGINS:
+    wrapt.register_post_import_hook(_register_strategies, _package)

@@ -57,6 +57,11 @@ class TurnTimeoutError(PPDLError):
     """The turn did not come within the time the participant was willing to wait."""
 
 
+class RankZeroFailedError(PPDLError):
+    """On the other ranks of a participant of several devices: rank zero's exchange with the server failed,
+    and rank zero says why."""
+
+
 class ParticipantFailedError(PPDLError):
     """A simulated participant raised; the error that it raised is the ``__cause__``."""
 

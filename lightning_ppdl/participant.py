@@ -85,6 +85,7 @@ class Participant:
         self._complete = False
         self._start: Tensor | None = None
         self._gradients: Tensor | None = None
+        self._opened: dict[str, Any] | None = None
         self._wait_seconds = 0.0
         self._exchange_seconds = 0.0
         self._downloaded_bytes = 0
@@ -114,7 +115,7 @@ class Participant:
                     self.name,
                 )
             # Another server: what was downloaded from the old one is no base for anything here.
-            self._study, self._version, self._base = membership.study, None, None
+            self._study, self._version, self._base, self._opened = membership.study, None, None, None
             self._outbox.unsent = None
         known = membership.last_round
         if self.account is not None:
@@ -146,12 +147,14 @@ class Participant:
             local: float32 (P,): this participant's parameters now.
 
         Returns:
-            float32 (P,): the parameters to start local training from, on ``local``'s device; None for a
-            round that is trained alone: the server cannot be reached, or has this round already.
+            float32 (P,): the parameters to start local training from, on ``local``'s device. None to go on
+            with ``local``: a checkpoint's open round goes on, or (:attr:`in_round` is false then) this one is
+            trained alone, since the server cannot be reached, or has this round already.
 
         Raises:
             ServerUnavailableError: if the server cannot be reached, and that is not to be gone on without.
         """
+        opened, self._opened = self._opened, None
         if self._merged_ahead:
             self._merged_ahead -= 1
             self.round += 1
@@ -161,19 +164,35 @@ class Participant:
             )
             return None
         try:
-            return self._download(local)
+            if opened is None:
+                return self._download(local)
+            self._go_on(opened, local)
         except ServerUnavailableError as error:
             if self._on_unreachable != "local":
                 raise
             self._backend.tell(f"{error}; participant {self.name!r} trains this round alone")
-            return None
+        return None
 
-    def _download(self, local: Tensor) -> Tensor:
+    def _take_turn(self) -> None:
         started = time.perf_counter()
         self._outbox.send_again(self._turn_timeout_seconds)
         self._backend.take_turn(self._turn_timeout_seconds)
-        self._wait_seconds = time.perf_counter() - started
-        self._renewed_at = started = time.perf_counter()
+        self._renewed_at = time.perf_counter()
+        self._wait_seconds = self._renewed_at - started
+
+    def _go_on(self, opened: dict[str, Any], local: Tensor) -> None:
+        """With the round that was open when the checkpoint was saved: its training is in ``local``."""
+        self._take_turn()
+        self._downloaded_bytes, self._exchange_seconds = 0, 0.0
+        self._start = opened["start"].to(local.device)
+        if opened["gradients"] is not None:
+            self._gradients = opened["gradients"].to(local.device)
+        self.round += 1
+        self.in_round = True
+
+    def _download(self, local: Tensor) -> Tensor:
+        self._take_turn()
+        started = time.perf_counter()
         # Who held a mixture so far, and asks for everything now (resumed with another theta_d), has no
         # whole vector that changes could be sent over.
         known = self._version if self._complete or self._download_fraction < 1 else None
@@ -292,13 +311,20 @@ class Participant:
                 self.account.close()
             self._backend.leave()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives from which :meth:`load_state_dict` continues after a round's end."""
+    def state_dict(self, open_round: bool = True) -> dict[str, Any]:
+        """Tensors and primitives from which :meth:`load_state_dict` continues.
+
+        Args:
+            open_round: Whether a round that is open goes on then, with the parameters of the same checkpoint;
+                else it is begun anew.
+        """
         unsent = self._outbox.unsent if self.account is None else None  # else its ledger keeps it
         return {
             "study": self._study,
-            # One that is open has not been shared: it is begun anew.
             "round": self.round - self.in_round,
+            "open": {"start": self._start, "gradients": self._gradients}
+            if open_round and self.in_round
+            else None,
             "unsent": None if unsent is None else torch.frombuffer(bytearray(unsent), dtype=torch.uint8),
             "version": self._version,
             "base": self._base,
@@ -310,6 +336,7 @@ class Participant:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._study, self.round = state["study"], state["round"]
         self._version, self._base, self._complete = state["version"], state["base"], state["complete"]
+        self._opened = state.get("open")
         self._resumed = True
         if (unsent := state.get("unsent")) is not None:
             self._outbox.unsent = unsent.numpy().tobytes()

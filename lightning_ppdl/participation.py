@@ -21,9 +21,9 @@ from lightning_ppdl.data import ArrayDataset, DataSource, Splits, loader
 from lightning_ppdl.errors import ConfigurationError, PPDLError
 from lightning_ppdl.models import Classifier, OptimizerFactory
 from lightning_ppdl.partition import Partition
+from lightning_ppdl.pytorch_lightning import DSSGDStrategy
 from lightning_ppdl.randomness import derive_seed, torch_generator
 from lightning_ppdl.simulation.evaluation import Evaluator
-from lightning_ppdl.strategy import DSSGDStrategy
 from lightning_ppdl.validation import require_count
 
 CHECKPOINT = "last.ckpt"
@@ -152,7 +152,7 @@ class Participation:
         return loader(mine, self.batch_size, shuffle=True, generator=generator)
 
     def _make_trainer(self) -> pl.Trainer:
-        length = self.strategy.round_length
+        length = self.strategy.settings.round_length
         lasts: dict[str, Any] = {"max_epochs": self.rounds}
         every: dict[str, Any] = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
         if length != "epoch":

@@ -67,7 +67,7 @@ def _task(cfg: DictConfig) -> None:
 
 
 def _strategy(cfg: DictConfig) -> Any:
-    from lightning_ppdl.strategy import DSSGDStrategy
+    from lightning_ppdl.pytorch_lightning import DSSGDStrategy
 
     privacy = build(cfg, "privacy")
     return DSSGDStrategy(

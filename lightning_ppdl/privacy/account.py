@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ class Account:
     """Pays for the private releases of one participant out of a data set's ledger.
 
     Args:
-        ledger: Of the data set; open.
+        ledger: Of the data set. A path is opened, and closed by :meth:`close`.
         participant: The name in the ledger.
         mechanism: Its delta and its budget.
         event: What one release costs, or one private step.
@@ -31,19 +32,20 @@ class Account:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: Ledger | str | Path,
         participant: str,
         mechanism: Mechanism,
         event: PrivacyEvent,
         planned: int | None = None,
     ) -> None:
         self.participant = participant
-        if _in_use.setdefault(ledger, self) is not self:
+        self._owns = not isinstance(ledger, Ledger)
+        self._ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        if _in_use.setdefault(self._ledger, self) is not self:
             raise ConfigurationError(
-                f"the ledger {ledger.path or 'in memory'} is in use by participant "
-                f"{_in_use[ledger].participant!r}; a data set has one participant at a time"
+                f"the ledger {self._ledger.path or 'in memory'} is in use by participant "
+                f"{_in_use[self._ledger].participant!r}; a data set has one participant at a time"
             )
-        self._ledger = ledger
         self.mechanism = mechanism
         self._event = event
         self._planned = planned
@@ -53,8 +55,10 @@ class Account:
         self._unsettled: LedgerEntry | None = None
 
     def close(self) -> None:
-        """Let another account have the ledger."""
+        """Let another account have the ledger, and close it if this one opened it."""
         _in_use.pop(self._ledger, None)
+        if self._owns:
+            self._ledger.close()
 
     def resume(self, study: str, last_round: int) -> int:
         """Begin or go on at a server.

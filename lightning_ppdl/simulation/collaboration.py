@@ -9,13 +9,13 @@ from functools import partial
 import pytorch_lightning as pl
 import torch
 
-from lightning_ppdl.callbacks import DSSGDCallback
 from lightning_ppdl.data import ArrayDataset, Splits, loader
 from lightning_ppdl.layout import ParameterLayout
 from lightning_ppdl.models import Classifier
 from lightning_ppdl.privacy.accounting import in_parallel, per_parameter_epsilon, total
 from lightning_ppdl.privacy.ledger import Ledger
 from lightning_ppdl.privacy.release import PlainRelease
+from lightning_ppdl.pytorch_lightning import DSSGDCallback, DSSGDStrategy
 from lightning_ppdl.randomness import derive_seed, numpy_generator, torch_generator
 from lightning_ppdl.records import Receipt
 from lightning_ppdl.selection import LargestValues
@@ -25,7 +25,6 @@ from lightning_ppdl.simulation.link import SimulatedLink
 from lightning_ppdl.simulation.results import PrivacySummary, Progress, RoundRow
 from lightning_ppdl.simulation.scheduler import Scheduler
 from lightning_ppdl.simulation.settings import Simulation
-from lightning_ppdl.strategy import DSSGDStrategy
 
 _URL = "memory://simulation"
 

@@ -37,7 +37,7 @@ from lightning_ppdl.privacy.ledger import Ledger
 from lightning_ppdl.privacy.noise import SeededNoise
 from lightning_ppdl.privacy.record.checks import EXAMPLES
 from lightning_ppdl.privacy.record.record_level import RecordLevel
-from lightning_ppdl.private_training import PrivateTraining
+from lightning_ppdl.pytorch_lightning import PrivateTraining
 
 __all__ = ["url"]
 

@@ -99,13 +99,21 @@ def third_party(module: str) -> set[str]:
 
 
 def test_the_sources_were_found() -> None:
-    assert {f"{NAME}.server.core", f"{NAME}.strategy", NAME} <= set(MODULES)
-    assert "pytorch_lightning" in third_party(f"{NAME}.strategy")
+    assert {f"{NAME}.server.core", f"{NAME}.plugin.strategy", NAME} <= set(MODULES)
+    assert "pytorch_lightning" in third_party(f"{NAME}.pytorch_lightning")
 
 
 def test_server_and_backends_never_see_what_is_private() -> None:
     forbidden = rooms(
-        "privacy", "participant", "strategy", "callbacks", "models", "data", "simulation", "cli"
+        "privacy",
+        "participant",
+        "plugin",
+        "pytorch_lightning",
+        "lightning",
+        "models",
+        "data",
+        "simulation",
+        "cli",
     )
     for module in MODULES:
         if within(module, *rooms("server", "backends")):
@@ -129,11 +137,20 @@ def test_not_even_through_others() -> None:
 
 def test_few_rooms_know_lightning() -> None:
     allowed = rooms(
-        "strategy", "callbacks", "private_training", "models", "simulation", "participation", "cli"
+        "plugin", "pytorch_lightning", "lightning", "models", "simulation", "participation", "cli"
     )
     knowing = {module for module in MODULES if third_party(module) & LIGHTNING}
     assert {module for module in knowing if not within(module, *allowed)} == set()
-    assert set(rooms("strategy", "callbacks")) <= knowing
+    assert set(rooms("pytorch_lightning", "lightning", "plugin.rounds")) <= knowing
+
+
+def test_each_of_lightnings_packages_is_imported_for_its_own_classes_alone() -> None:
+    """Its users need not have the other one, and nothing of ours is bound to either."""
+    for module in MODULES:
+        if within(module, *rooms("plugin", "lightning")):
+            needed = {found.module.partition(".")[0] for found in IMPORTS[module] if not found.typing}
+            of_lightning = needed & LIGHTNING
+            assert of_lightning == ({"lightning"} if module == f"{NAME}.lightning" else set()), module
 
 
 def test_privacy_needs_torch_numpy_and_its_extras() -> None:

@@ -275,16 +275,55 @@ def test_a_round_shared_after_the_checkpoint_is_trained_again_but_not_shared_aga
     assert again.round == 4 and server.status().uploads == 4 == server.parameters()[0]
 
 
-def test_a_checkpoint_in_the_middle_of_a_round_begins_that_round_anew(server: ParameterServer) -> None:
+def test_a_checkpoint_in_the_middle_of_a_round_goes_on_with_it(server: ParameterServer) -> None:
     anna = participant(server)
     play(anna, torch.zeros(SIZE), torch.ones(SIZE))
-    begin(anna, torch.zeros(SIZE))
+    half = begin(anna, torch.zeros(SIZE)) + 2 * torch.ones(SIZE)
     state = anna.state_dict()
+    anna.leave()
+    play(participant(server, "ben"), torch.zeros(SIZE), torch.ones(SIZE))
+    downloaded = server.status().downloaded_bytes
     again = participant(server, join=False)
     again.load_state_dict(state)
     again.join()
-    play(again, torch.zeros(SIZE), torch.ones(SIZE))
-    assert again.round == 2 == server.status().members[0].rounds
+    assert again.begin_round(half) is None and again.in_round
+    assert server.status().downloaded_bytes == downloaded
+    report = again.end_round(half + torch.ones(SIZE))
+    assert again.round == 2 and report.merged and report.downloaded_bytes == 0 and report.staleness == 1
+    # Both halves of the round, on top of what came in between.
+    assert set(server.parameters().tolist()) == {5.0}
+    assert begin(again, half)[0] == 5
+
+
+def test_a_checkpoint_of_an_open_round_keeps_its_gradients() -> None:
+    server = ParameterServer(
+        merge=ServerOptimizer(functools.partial(torch.optim.SGD, lr=0.1)), initial=np.zeros(SIZE, np.float32)
+    )
+    anna = participant(server, quantity="gradient")
+    begin(anna, torch.zeros(SIZE))
+    anna.gradients.add_(1)
+    again = participant(server, quantity="gradient", join=False)
+    again.load_state_dict(anna.state_dict())
+    again.join()
+    assert again.begin_round(torch.zeros(SIZE)) is None and again.in_round
+    assert again.gradients.tolist() == [1.0] * SIZE
+
+
+def test_an_open_round_is_begun_anew_where_it_was_given_up_or_the_server_is_another(
+    server: ParameterServer,
+) -> None:
+    anna = participant(server)
+    play(anna, torch.zeros(SIZE), torch.ones(SIZE))
+    begin(anna, torch.zeros(SIZE))
+    given_up, kept = anna.state_dict(open_round=False), anna.state_dict()
+    other = ParameterServer(merge=Add(), initial=np.zeros(SIZE, np.float32))
+    for state, home, values in ((given_up, server, 1.0), (kept, other, 0.0)):
+        again = participant(home, join=False)
+        again.load_state_dict(state)
+        again.join()
+        start = again.begin_round(torch.full((SIZE,), 7.0))
+        assert start is not None and again.in_round and again.round == 2
+        assert start.tolist() == [values] * SIZE
 
 
 @pytest.mark.parametrize(("choice", "patience"), [("wait", 7.0), ("local", 0.0), ("fail", 0.0)])

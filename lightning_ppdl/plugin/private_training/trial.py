@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.loggers.logger import DummyLogger
-from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.plugin.packages import package_of
 from lightning_ppdl.randomness import numpy_generator
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), list, dict, set, tuple)
 
@@ -32,6 +33,7 @@ def trial_loss(
         How many examples there are to choose from, at most ``examples``, drawn from the data set; and a
         function from positions among them to the loss.
     """
+    package = package_of(trainer)
     dataset: Any = loader.dataset
     count = min(examples, len(dataset))
     # At random: records often stand in some order, and every n-th may be of one kind.
@@ -47,7 +49,9 @@ def trial_loss(
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         arguments = [batch]
-        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+        if package.utilities.signature_utils.is_param_in_hook_signature(
+            module.training_step, "batch_idx", min_args=2
+        ):
             arguments.append(0)
         with trainer.precision_plugin.train_step_context():
             output: Any = module.training_step(*arguments)
@@ -62,9 +66,9 @@ def trial_loss(
     loggers = trainer.loggers
     attributes = [(part, _plain(part)) for part in module.modules()]
     metrics = [(part, _state(part)) for part in module.modules() if isinstance(part, Metric)]
-    talkers = [part for part in module.modules() if isinstance(part, pl.LightningModule)]
+    talkers = [part for part in module.modules() if isinstance(part, package.LightningModule)]
     try:
-        trainer.loggers = [DummyLogger()]
+        trainer.loggers = [package.loggers.logger.DummyLogger()]
         for talker in talkers:
             talker.__dict__["log"] = talker.__dict__["log_dict"] = _drop
         yield count, loss

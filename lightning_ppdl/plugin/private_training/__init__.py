@@ -1,5 +1,5 @@
 """The Lightning side of record-level privacy: :class:`PrivateTraining`."""
 
-from lightning_ppdl.private_training.callback import PrivateTraining
+from lightning_ppdl.plugin.private_training.callback import PrivateTraining
 
 __all__ = ["PrivateTraining"]

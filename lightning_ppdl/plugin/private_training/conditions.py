@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import (
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-)
-from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.optim import LBFGS
 
 from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.plugin.packages import callbacks_of, package_of
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 _FOLLOWS = (
     "follows a metric of private data without noise, so what it decides is not covered; {remedy}, or declare "
@@ -35,7 +31,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, public_valida
             "automatic_optimization=False: private steps have to stand between backward and the optimizer's "
             "step, which manual optimization calls by itself; use automatic optimization"
         )
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+    signatures = package_of(trainer).utilities.signature_utils
+    if signatures.is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ConfigurationError(
             "training_step(dataloader_iter) fetches batches by itself, so nobody knows which records a step "
             "saw; take training_step(batch, batch_idx)"
@@ -61,21 +58,18 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, public_valida
             f"reload_dataloaders_every_n_epochs={reload!r}: the number of "
             f"records and their sampling rate must stay as accounted for; leave it at 0"
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if (
-            isinstance(callback, GradientAccumulationScheduler)
-            and callback.going_to_accumulate_grad_batches()
-        ):
+    for callback in callbacks_of(trainer, "GradientAccumulationScheduler"):
+        if callback.going_to_accumulate_grad_batches():
             raise ConfigurationError(
                 "GradientAccumulationScheduler changes how many batches make a step, and each step is one "
                 "sample of a constant rate; give Trainer(accumulate_grad_batches=...)"
             )
-        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
-            raise ConfigurationError(
-                f"{type(callback).__name__} trains on private data without noise; find the setting on public "
-                f"data"
-            )
-        if isinstance(callback, EarlyStopping) and not public_validation:
+    for callback in callbacks_of(trainer, "LearningRateFinder", "BatchSizeFinder"):
+        raise ConfigurationError(
+            f"{type(callback).__name__} trains on private data without noise; find the setting on public data"
+        )
+    for callback in callbacks_of(trainer, "EarlyStopping"):
+        if not public_validation:
             remedy = "give Trainer(max_epochs=...) alone"
             raise ConfigurationError(
                 f"EarlyStopping(monitor={callback.monitor!r}) {_FOLLOWS.format(remedy=remedy)}"
@@ -105,10 +99,9 @@ def check_start(trainer: pl.Trainer, trained: Mapping[str, nn.Parameter], public
             "LBFGS evaluates several gradients a step, and each would cost; use SGD, Adam or another one "
             "that evaluates one"
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer, "ModelCheckpoint"):
         if (
-            isinstance(callback, ModelCheckpoint)
-            and callback.monitor is not None
+            callback.monitor is not None
             and callback.best_model_path
             and str(trainer.ckpt_path) == callback.best_model_path
             and not public_validation

@@ -7,16 +7,17 @@ be overwritten. Here the order is: closure (forward, backward), then clip, then 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
-from pytorch_lightning.utilities.types import STEP_OUTPUT
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.plugin.private_training.buffers import ConstantBuffers
+from lightning_ppdl.plugin.private_training.conditions import check_start, check_trainer
+from lightning_ppdl.plugin.private_training.trial import trial_loss
 from lightning_ppdl.privacy.events import PrivateSteps, event_from_json
 from lightning_ppdl.privacy.noise import NoiseAhead, NoiseSource
 from lightning_ppdl.privacy.record.capture import Capture
@@ -24,12 +25,16 @@ from lightning_ppdl.privacy.record.checks import EXAMPLES, Reduction, Trial, che
 from lightning_ppdl.privacy.record.clipping import ClippedSum, NoisyGradient
 from lightning_ppdl.privacy.record.poisson import PoissonBatches, poisson_loader, require_plain_loader
 from lightning_ppdl.privacy.record.record_level import PrivateStepsRelease, RecordLevel
-from lightning_ppdl.private_training.buffers import ConstantBuffers
-from lightning_ppdl.private_training.conditions import check_start, check_trainer
-from lightning_ppdl.private_training.trial import trial_loss
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from pytorch_lightning import Callback as _Callback
+    from pytorch_lightning.utilities.types import STEP_OUTPUT
+else:
+    _Callback = object
 
 
-class PrivateTraining(pl.Callback):
+class PrivateTraining(_Callback):
     """Makes every optimizer step of a Trainer a private one.
 
     The strategy that owns it calls :meth:`process_dataloader` and :meth:`training_step` from its methods

@@ -1,0 +1,194 @@
+"""What a participant does in a round, on rank zero: there it sits, with the module at hand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_ppdl.errors import BudgetExhaustedError, ConfigurationError
+from lightning_ppdl.initial import Initial, initial_vector
+from lightning_ppdl.layout import ParameterLayout
+from lightning_ppdl.participant import Participant
+from lightning_ppdl.plugin.settings import Settings
+from lightning_ppdl.privacy.account import Account
+from lightning_ppdl.privacy.mechanism import Exhausted
+from lightning_ppdl.round_report import RoundReport
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What rank zero tells all ranks of an exchange, so that they do the same.
+
+    Args:
+        assigned: Whether the module's shared values were overwritten.
+        ends: What becomes of training where the budget is spent; None while it is not.
+        metrics: What to log.
+    """
+
+    assigned: bool = False
+    ends: Exhausted | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Seat:
+    """A participant and its module, from joining to leaving.
+
+    Args:
+        participant: Not joined yet.
+        layout: What of the module is shared.
+        settings: The participant's.
+        reports: Where the report of each round is added.
+    """
+
+    def __init__(
+        self,
+        participant: Participant,
+        layout: ParameterLayout,
+        settings: Settings,
+        reports: list[RoundReport],
+    ) -> None:
+        self._participant = participant
+        self._layout = layout
+        self._settings = settings
+        self._reports = reports
+
+    @property
+    def account(self) -> Account | None:
+        """Pays for private releases."""
+        return self._participant.account
+
+    @property
+    def in_round(self) -> bool:
+        """Whether a round is open that will be shared."""
+        return self._participant.in_round
+
+    @property
+    def steps_exhausted(self) -> bool:
+        """Whether the budget forbids the next private step; only these can use it up within a round."""
+        account = self._participant.account
+        return account is not None and account.mechanism.unit == "record" and self._participant.exhausted
+
+    def enter(self, module: nn.Module) -> Told:
+        """Join, and offer the first parameters to a server that has none.
+
+        Raises:
+            BudgetExhaustedError: if the budget has no room for a single release.
+        """
+        account = self._participant.account
+        if account is not None and self._participant.exhausted:
+            if account.mechanism.on_exhausted == "stop":
+                raise BudgetExhaustedError(
+                    f"{_spent(account)}: the ledger holds {account.spent()}. Raise max_epsilon if whoever "
+                    f"answers for the data agrees, or give on_exhausted='local' to train alone"
+                )
+            return Told(ends=self._spend_no_more(account))
+        if self._participant.join():
+            self._offer_initial(module)
+        return Told()
+
+    def begin(self) -> Told:
+        """Wait for the turn, download, and put what came into the module."""
+        participant, layout = self._participant, self._layout
+        if participant.account is not None and participant.exhausted:
+            return Told(ends=self._spend_no_more(participant.account))
+        start = participant.begin_round(layout.flatten())
+        if start is None:
+            return Told()
+        layout.assign(start)
+        if not layout.exact:
+            participant.started_from(layout.flatten())
+        return Told(assigned=True)
+
+    def add_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Add the gradients of ``parameters`` to what the open round shares."""
+        self._layout.add_gradients(self._participant.gradients, parameters)
+
+    def finish(self, logged: bool) -> Told:
+        """Release and upload what the round changed.
+
+        Args:
+            logged: Whether anybody looks at the metrics; a ledger's total takes a moment to find.
+        """
+        participant = self._participant
+        metrics = {"ppdl/alone": float(not participant.in_round)}
+        if participant.in_round:
+            report = participant.end_round(self._layout.flatten())
+            self._reports.append(report)
+            metrics |= {f"ppdl/{name}": float(value) for name, value in asdict(report).items()}
+        account = participant.account
+        if account is None:
+            return Told(metrics=metrics)
+        if logged:
+            metrics |= {f"ppdl/{name}": value for name, value in account.metrics().items()}
+        # Going on alone is for the next round to decide, if there is one.
+        stop = account.mechanism.on_exhausted == "stop" and participant.exhausted
+        return Told(metrics=metrics, ends=self._spend_no_more(account) if stop else None)
+
+    def abandon(self) -> None:
+        """Give the round back: nothing was trained in it."""
+        self._participant.abandon_round()
+
+    def keep_turn(self) -> None:
+        """Give a sign of life."""
+        if self._participant.in_round:
+            self._participant.keep_turn()
+
+    def leave(self) -> None:
+        """Leave the collaboration."""
+        self._participant.leave()
+
+    def state_dict(self, open_round: bool) -> dict[str, Any]:
+        """The participant's; with what an open round needs to go on, or without it."""
+        return self._participant.state_dict(open_round)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken; before :meth:`enter`."""
+        self._participant.load_state_dict(state)
+
+    def _offer_initial(self, module: nn.Module) -> None:
+        initial, url = self._settings.initial, self._settings.backend.url
+        if self._participant.round and isinstance(initial, int):
+            raise ConfigurationError(
+                f"this participant continues after round {self._participant.round}, but "
+                f"{url} is new and has no parameters: with initial={initial!r} "
+                f"all training so far would be thrown away. Give initial='own' to start it from this "
+                f"participant's parameters (they leave this machine un-noised; refused beside a privacy "
+                f"mechanism), a file, or begin anew with a new strategy and no ckpt_path"
+            )
+        taken = self._participant.offer_initial(initial_vector(initial, module, self._layout))
+        rank_zero_info(
+            f"{url} had no parameters yet and starts from "
+            f"{_source(initial) if taken else 'what another participant offered first'}"
+        )
+
+    def _spend_no_more(self, account: Account) -> Exhausted:
+        how = account.mechanism.on_exhausted
+        if how == "local":
+            rank_zero_warn(f"{_spent(account)}: training goes on without exchanging, and without noise")
+            account.taint("its budget was spent, and on_exhausted='local'")
+        else:
+            rank_zero_info(f"{_spent(account)}: training ends")
+        return how
+
+
+def _spent(account: Account) -> str:
+    privacy = account.mechanism
+    return f"max_epsilon={privacy.max_epsilon!r} allows no further release of privacy={privacy.name!r}"
+
+
+def _source(initial: Initial) -> str:
+    if initial == "own":
+        return "this module's own parameters, which left this machine un-noised (initial='own')"
+    if isinstance(initial, int):
+        return (
+            f"public seed {initial}, not from this module's values (initial='own' or a file would keep "
+            f"pretrained ones)"
+        )
+    return f"the file {initial}"
