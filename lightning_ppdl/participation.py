@@ -21,7 +21,7 @@ from lightning_ppdl.data import ArrayDataset, DataSource, Splits, loader
 from lightning_ppdl.errors import ConfigurationError, PPDLError
 from lightning_ppdl.models import Classifier, OptimizerFactory
 from lightning_ppdl.partition import Partition
-from lightning_ppdl.pytorch_lightning import DSSGDStrategy
+from lightning_ppdl.pytorch_lightning import DSSGDDDPStrategy, DSSGDStrategy
 from lightning_ppdl.randomness import derive_seed, torch_generator
 from lightning_ppdl.simulation.evaluation import Evaluator
 from lightning_ppdl.validation import require_count
@@ -73,7 +73,7 @@ class Participation:
         ConfigurationError: for a value that cannot work, before anything runs.
     """
 
-    strategy: DSSGDStrategy
+    strategy: DSSGDStrategy | DSSGDDDPStrategy
     data: DataSource
     partition: Partition
     model: Callable[..., nn.Module]
@@ -98,8 +98,11 @@ class Participation:
         if self.threads is not None:
             require_count("threads", self.threads)
 
-    def run(self) -> ParticipationResults:
+    def run(self) -> ParticipationResults | None:
         """Train until all rounds are done.
+
+        Returns:
+            What came of it; None in the processes of a participant's further devices.
 
         Raises:
             ConfigurationError: for what only shows with the data at hand, before training starts.
@@ -107,10 +110,7 @@ class Participation:
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        # Advice on how to use Lightning is for whoever writes the Trainer, and nobody did.
-        for talkative in ("pytorch_lightning", "lightning_fabric"):
-            logging.getLogger(talkative).setLevel(logging.WARNING)
-            warnings.filterwarnings("ignore", module=talkative)
+        _quieten()
         splits = self.data.load()
         module = self._make_module(splits)
         trainer = self._make_trainer()
@@ -127,6 +127,8 @@ class Participation:
                 f"directory={str(self.directory)!r} holds the checkpoint of a run with another model, or "
                 f"with more than rounds={self.rounds}; go on with its settings, or give another directory"
             ) from error
+        if not trainer.is_global_zero:
+            return None
         self.directory.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in module.state_dict().items()}, self.directory / MODEL)
         reports = self.strategy.reports
@@ -164,9 +166,32 @@ class Participation:
         logger = CSVLogger(self.directory, name="", version="")
         decided = {"strategy": self.strategy, "callbacks": [checkpoint], "logger": logger}
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
-        try:
-            return pl.Trainer(**{**quiet, **self.trainer, **lasts, **decided})
-        except (TypeError, ValueError, MisconfigurationException) as error:
-            if isinstance(error, PPDLError):
-                raise
-            raise ConfigurationError(f"trainer: {error}") from error
+        return _trainer(**{**quiet, **self.trainer, **lasts, **decided})
+
+
+def device_count(trainer: Mapping[str, Any]) -> int:
+    """How many devices ``Trainer(**trainer)`` would train on, on all its machines.
+
+    Raises:
+        ConfigurationError: if Lightning does not know, or does not have them.
+    """
+    _quieten()
+    named = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes") if name in trainer}
+    made = _trainer(**named, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    return made.num_devices * made.num_nodes
+
+
+def _trainer(**arguments: Any) -> pl.Trainer:
+    try:
+        return pl.Trainer(**arguments)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        if isinstance(error, PPDLError):
+            raise
+        raise ConfigurationError(f"trainer: {error}") from error
+
+
+def _quieten() -> None:
+    # Advice on how to use Lightning is for whoever writes the Trainer, and nobody did.
+    for talkative in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", module=talkative)

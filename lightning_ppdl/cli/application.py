@@ -22,6 +22,7 @@ from lightning_ppdl.errors import (
     ConfigurationError,
     ParticipantFailedError,
     PPDLError,
+    RankZeroFailedError,
     ServerUnavailableError,
 )
 
@@ -47,7 +48,9 @@ def run_application(name: str, task: Callable[[DictConfig], None], arguments: Se
 
     def guarded(cfg: DictConfig) -> None:
         try:
-            task(cfg)
+            # Whole again, now that Hydra has read it: Lightning starts further processes from it.
+            with _command_line([name, *arguments]):
+                task(cfg)
         except Exception as error:
             # Past Hydra, which would announce a failed job: SystemExit is the one thing it lets through.
             failures.append(error)
@@ -146,7 +149,6 @@ def _errors_raised() -> Iterator[None]:
 @contextmanager
 def _command_line(arguments: Sequence[str]) -> Iterator[None]:
     before = sys.argv
-    # The program's name stays: Lightning starts further processes from it.
     sys.argv = [before[0], *(_with_slash(argument) for argument in arguments)]
     try:
         yield
@@ -160,6 +162,8 @@ def _with_slash(argument: str) -> str:
 
 
 def _report(name: str, error: Exception, arguments: Sequence[str], wants_traceback: bool) -> int:
+    if isinstance(error, RankZeroFailedError):
+        return 1  # rank zero, a process beside this one, says it
     if isinstance(error, ParticipantFailedError):
         cause = error.__cause__
         if isinstance(cause, ConfigurationError | BudgetExhaustedError):

@@ -32,7 +32,7 @@ def _task(cfg: DictConfig) -> None:
         raise ConfigurationError(
             f"participant={cfg.participant!r} cannot be part of a file's name: give a directory and a ledger"
         )
-    from lightning_ppdl.participation import Participation
+    from lightning_ppdl.participation import Participation, device_count
     from lightning_ppdl.simulation.settings import trainer_argument_problem
 
     trainer: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
@@ -45,7 +45,7 @@ def _task(cfg: DictConfig) -> None:
 
         data = Features(data, extractor)
     participation = Participation(
-        strategy=_strategy(cfg),
+        strategy=_strategy(cfg, several=device_count(trainer) > 1),
         data=data,
         partition=build(cfg, "partition"),
         model=build(cfg, "model"),
@@ -60,17 +60,19 @@ def _task(cfg: DictConfig) -> None:
         seed=cfg.seed,
     )
     results = participation.run()
+    if results is None:
+        return
     shared = f"shared {results.rounds} rounds, {results.merged} of them merged"
     if not results.rounds:
         shared = f"had shared its {cfg.rounds} rounds before (raise rounds, or give another directory)"
     print(f"{cfg.participant}: {shared}; test accuracy {results.accuracy:.1%}. The model is {results.model}")
 
 
-def _strategy(cfg: DictConfig) -> Any:
-    from lightning_ppdl.pytorch_lightning import DSSGDStrategy
+def _strategy(cfg: DictConfig, several: bool) -> Any:
+    from lightning_ppdl.pytorch_lightning import DSSGDDDPStrategy, DSSGDStrategy
 
     privacy = build(cfg, "privacy")
-    return DSSGDStrategy(
+    return (DSSGDDDPStrategy if several else DSSGDStrategy)(
         server=server_address(cfg),
         participant=cfg.participant,
         selection=build(cfg, "selection"),

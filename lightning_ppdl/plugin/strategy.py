@@ -34,8 +34,10 @@ from lightning_ppdl.selection import Selection
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-    from pytorch_lightning.strategies import Strategy as _Strategy
     from pytorch_lightning.utilities.types import STEP_OUTPUT
+
+    # Either package's: to name one would make the other's classes abstract to a type checker.
+    _Strategy = Any
 else:
     _Strategy = object
 
@@ -43,7 +45,7 @@ else:
 _EXCHANGE_SECONDS = 1800.0
 
 
-class Collaboration(_Strategy):
+class Collaboration(_Strategy):  # type: ignore[misc]
     """Brings rounds into a Trainer, and keeps what has to outlive a ``fit()``.
 
     For arguments see :class:`~lightning_ppdl.DSSGDStrategy`. Stands before a Lightning strategy among the
@@ -167,7 +169,7 @@ class Collaboration(_Strategy):
         # Not in setup(): by then the callbacks' own setup() and load_state_dict() have run, and a
         # resumed participant would silently start from nothing.
         assert self.lightning_module is not None
-        callbacks: list[pl.Callback] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[pl.Callback] = self.lightning_module.trainer.callbacks
         attached = [callback for callback in callbacks if isinstance(callback, Rounds)]
         if not attached:
             callbacks.append(self._callback)
@@ -198,7 +200,7 @@ class Collaboration(_Strategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         if self._private is None:
-            return super().training_step(*args, **kwargs)
+            return super().training_step(*args, **kwargs)  # type: ignore[no-any-return]
         return self._private.training_step(super().training_step, *args, **kwargs)
 
     def on_train_end(self) -> None:

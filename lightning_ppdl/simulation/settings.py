@@ -137,6 +137,12 @@ class Simulation:
         for name, value in self.trainer.items():
             if problem := trainer_argument_problem(name, value):
                 raise ConfigurationError(problem)
+            count = len(value) if isinstance(value, list | tuple) else value
+            if name in ("devices", "num_nodes") and isinstance(count, int) and count > 1:
+                raise ConfigurationError(
+                    f"trainer.{name}={value!r}: simulated participants train one after the other, on one "
+                    f"device each; a participant of ppdl join may have several"
+                )
 
     @property
     def work(self) -> int:

@@ -68,6 +68,7 @@ CONF = Path(lightning_ppdl.__file__).parent / "conf" / "ppdl"
         (["quantity=gradient"], ["quantity='gradient'", "merge=optimizer"]),
         (["quantity=gradient", "merge=add"], ["quantity='gradient'", "merge=optimizer"]),
         (["trainer.foo=1"], ["trainer.foo=1"]),
+        (["trainer.devices=2"], ["trainer.devices=2", "ppdl join"]),
         (["+trainer.foo=1"], ["trainer.foo=1", "Trainer"]),
         (["+trainer.max_epochs=3"], ["trainer.max_epochs=3", "rounds"]),
         (["trainer.precision=99"], ["trainer", "99", "32-true"]),

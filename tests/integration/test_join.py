@@ -99,6 +99,22 @@ def test_four_participants_with_tls_learn_mnist_together(tmp_path: Path, protoco
         server.close()
 
 
+def test_two_devices_are_one_participant(tmp_path: Path, serving: Serving) -> None:
+    """Lightning starts the second process from the command line, subcommand and all."""
+    anna = Joined(tmp_path, serving.url, "anna", *SMALL, "rounds=3", "share=1", "trainer.devices=2")
+    ben = Joined(tmp_path, serving.url, "ben", *SMALL, "rounds=3", "share=2")
+    assert [anna.wait(), ben.wait()] == [0, 0], anna.log
+    assert serving.rounds() == {"anna": 3, "ben": 3} and serving.server.status().uploads == 6
+    assert anna.log.count("shared 3 rounds, 3 of them merged") == 1
+    assert len(anna.rounds()) == len(ben.rounds()) == 3
+
+
+def test_of_two_devices_one_says_what_went_wrong(tmp_path: Path, serving: Serving) -> None:
+    stranger = Joined(tmp_path, serving.url, "eve", *SMALL, "rounds=3", "share=1", "trainer.devices=2")
+    assert stranger.wait() != 0
+    assert stranger.log.count("participant='eve' is not among the members") == 1
+
+
 def test_who_is_killed_goes_on_from_its_checkpoint_as_itself(tmp_path: Path, serving: Serving) -> None:
     settings = [
         *SMALL,

@@ -82,10 +82,10 @@ def test_participants_of_both_share_one_server(url: str) -> None:
 def test_names_stand_for_the_right_class_in_each(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PPDL_SERVER", url)
     monkeypatch.setenv("PPDL_PARTICIPANT", "anna")
-    made = other.Trainer(strategy="dssgd", **QUIET).strategy
-    assert type(made) is lightning_ppdl.lightning.DSSGDStrategy
-    made = pl.Trainer(strategy="dssgd", **QUIET).strategy
-    assert type(made) is lightning_ppdl.DSSGDStrategy
+    theirs = other.Trainer(strategy="dssgd", **QUIET).strategy
+    assert type(theirs) is lightning_ppdl.lightning.DSSGDStrategy
+    ours = pl.Trainer(strategy="dssgd", **QUIET).strategy
+    assert type(ours) is lightning_ppdl.DSSGDStrategy
     several = {**QUIET, "devices": 2}
     assert (
         type(other.Trainer(strategy="dssgd_ddp", **several).strategy)
@@ -95,8 +95,9 @@ def test_names_stand_for_the_right_class_in_each(url: str, monkeypatch: pytest.M
 
 
 def test_a_strategy_of_the_wrong_package_names_the_right_import(url: str) -> None:
+    wrong: Any = everything(url)
     with pytest.raises(ValueError, match=r"take lightning_ppdl\.lightning\.DSSGDStrategy"):
-        other.Trainer(strategy=everything(url), **QUIET)
+        other.Trainer(strategy=wrong, **QUIET)
     with pytest.raises(
         ValueError, match=r"for a pytorch_lightning\.Trainer take lightning_ppdl\.DSSGDStrategy"
     ):

@@ -62,7 +62,7 @@ class Drawing(Tiny):
         super().__init__(lr=0.05, dropout=0.3)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        noise = random.random() + float(np.random.rand())
+        noise = random.random() + float(np.random.random())
         return super().training_step(batch, batch_idx) * (1 + 0.1 * noise)
 
     def configure_optimizers(self) -> Any:
@@ -82,7 +82,7 @@ class Ben(pl.Callback):
         if rounds.get("anna", 0) == rounds.get("ben", 0):
             return
         if self._member is None:
-            manifest, _ = self._server.export()
+            manifest = self._server.export()[0]
             release = PlainRelease(RandomAboveThreshold(0.5, 0.0), 0.05)
             self._member = Participant("ben", connect(self._url), manifest, release, seed=5)
             self._member.join()
@@ -187,7 +187,10 @@ class Stateful:
         self._at, self._order = state_dict["at"], state_dict["order"]
 
 
-MERGES = {"change": Add, "gradient": lambda: ServerOptimizer(partial(torch.optim.SGD, lr=0.05))}
+MERGES: dict[str, Callable[[], Any]] = {
+    "change": Add,
+    "gradient": lambda: ServerOptimizer(partial(torch.optim.SGD, lr=0.05)),
+}
 
 
 class Stop(Exception):
