@@ -60,7 +60,7 @@ def public_initial(module: nn.Module, layout: ParameterLayout, seed: int) -> Ten
     Raises:
         ConfigurationError: if a shared tensor is not set by its layer's ``reset_parameters()``.
     """
-    device = next(module.parameters()).device
+    device = layout.flatten().device
     # Drawn on the CPU wherever the module is: other devices draw other values from the same seed.
     module.cpu()
     before = {name: (tensor, tensor.detach().clone()) for name, tensor in _tensors(module)}
@@ -120,7 +120,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _reset(layer: nn.Module) -> None:
     # nn.MultiheadAttention keeps its own under a private name
     reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
-    if not callable(reset):
+    # A wrapper of torch.compile forwards to the layer that it wraps, whose turn comes by itself.
+    if not callable(reset) or "_orig_mod" in layer._modules:
         return
     try:
         reset()

@@ -38,16 +38,16 @@ class ParameterLayout:
     ) -> None:
         self._module = module
         self._wanted = _parameter_predicate(share)
-        trainable = [name for name, p in module.named_parameters() if p.requires_grad]
+        trainable = [name for name, p in named_parameters(module) if p.requires_grad]
         if isinstance(share, str | Sequence):
             _require_matches("share", share, trainable)
         if share_buffers is not None:
-            floating = [name for name, b in module.named_buffers() if b.is_floating_point()]
+            floating = [name for name, b in named_buffers(module) if b.is_floating_point()]
             _require_matches("share_buffers", share_buffers, floating)
         self._parameter_names = self._shareable()
         self._buffer_names = [
             name
-            for name, buffer in module.named_buffers()
+            for name, buffer in named_buffers(module)
             if share_buffers is not None and buffer.is_floating_point() and _matches(name, share_buffers)
         ]
         if not self._parameter_names + self._buffer_names:
@@ -77,13 +77,19 @@ class ParameterLayout:
             for name, tensor in self._tensors():
                 tensor.copy_(vector[self._slices[name]].view(tensor.shape))
 
-    def add_gradients(self, total: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-        """Add the gradients of those ``parameters`` that are shared to ``total``, float32 (P,)."""
+    def add_gradients(self, total: Tensor, parameters: Iterable[nn.Parameter], factor: float = 1.0) -> None:
+        """Add the gradients of those ``parameters`` that are shared, times ``factor``, to ``total``.
+
+        Args:
+            total: float32 (P,).
+            parameters: Those that were stepped.
+            factor: 1 / the loss scale where that is still on the gradients.
+        """
         stepped = {id(p) for p in parameters}
         for name, tensor in self._tensors():
             if id(tensor) in stepped and tensor.grad is not None:
                 gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
-                total[self._slices[name]] += gradient.detach().reshape(-1)
+                total[self._slices[name]].add_(gradient.detach().reshape(-1), alpha=factor)
 
     def trainable_but_not_shared(self) -> list[str]:
         """Names that would be shared, had they been trainable when this layout was made."""
@@ -97,15 +103,27 @@ class ParameterLayout:
     def _shareable(self) -> list[str]:
         """Names of the parameters that are trainable now and wanted."""
         return [
-            name for name, p in self._module.named_parameters() if p.requires_grad and self._wanted(name, p)
+            name for name, p in named_parameters(self._module) if p.requires_grad and self._wanted(name, p)
         ]
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         # Looked up anew each time: moving a module to another device replaces its buffers.
-        parameters = dict(self._module.named_parameters())
-        buffers = dict(self._module.named_buffers()) if self._buffer_names else {}
+        parameters = dict(named_parameters(self._module))
+        buffers = dict(named_buffers(self._module)) if self._buffer_names else {}
         yield from ((name, parameters[name]) for name in self._parameter_names)
         yield from ((name, buffers[name]) for name in self._buffer_names)
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The module's own, without what ``torch.compile`` of a submodule puts into their names."""
+    for name, parameter in module.named_parameters():
+        yield name.replace("_orig_mod.", ""), parameter
+
+
+def named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Likewise."""
+    for name, buffer in module.named_buffers():
+        yield name.replace("_orig_mod.", ""), buffer
 
 
 def _parameter_predicate(share: Share) -> Callable[[str, nn.Parameter], bool]:

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_ppdl.errors import ConfigurationError, TaintedStateError
-from lightning_ppdl.layout import ParameterLayout
+from lightning_ppdl.layout import ParameterLayout, named_parameters
 from lightning_ppdl.plugin.packages import callbacks_of
 from lightning_ppdl.privacy.account import Account
 
@@ -63,7 +63,7 @@ def check_history(module: nn.Module, layout: ParameterLayout, account: Account, 
             "training"
         )
     shared = {spec.name for spec in layout.specs}
-    local = [name for name, p in module.named_parameters() if p.requires_grad and name not in shared]
+    local = [name for name, p in named_parameters(module) if p.requires_grad and name not in shared]
     if local:
         rank_zero_warn(
             f"{len(local)} trainable parameters, {local[0]!r} first, stay local and keep the values that "

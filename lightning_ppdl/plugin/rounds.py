@@ -156,8 +156,13 @@ class Rounds(_Callback):
         if self._seat is None or self._strategy.settings.quantity != "gradient" or not self._seat.in_round:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if not _loss_scale_overflowed(trainer, parameters):
-            self._seat.add_gradients(parameters)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and _overflowed(parameters):
+            return  # the scaler is about to skip this step
+        factor = 1.0
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            factor = 1 / scaler.get_scale()  # fused optimizers take it off in their step: here it is still on
+        self._seat.add_gradients(parameters, factor)
 
     def on_train_batch_end(
         self,
@@ -297,8 +302,7 @@ def _tell(trainer: pl.Trainer, line: str) -> None:
         log.warning("%s", line)
 
 
-def _loss_scale_overflowed(trainer: pl.Trainer, parameters: list[torch.nn.Parameter]) -> bool:
-    """Whether fp16 loss scaling is about to skip this step because a gradient overflowed."""
-    if getattr(trainer.precision_plugin, "scaler", None) is None:
-        return False
-    return not all(torch.isfinite(p.grad).all() for p in parameters if p.grad is not None)
+def _overflowed(parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether a gradient is not finite."""
+    gradients = (p.grad._values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None)
+    return not all(torch.isfinite(gradient).all() for gradient in gradients)

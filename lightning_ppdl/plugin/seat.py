@@ -106,9 +106,9 @@ class Seat:
             participant.started_from(layout.flatten())
         return Told(assigned=True)
 
-    def add_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Add the gradients of ``parameters`` to what the open round shares."""
-        self._layout.add_gradients(self._participant.gradients, parameters)
+    def add_gradients(self, parameters: list[nn.Parameter], factor: float) -> None:
+        """Add the gradients of ``parameters``, times ``factor``, to what the open round shares."""
+        self._layout.add_gradients(self._participant.gradients, parameters, factor)
 
     def finish(self, logged: bool) -> Told:
         """Release and upload what the round changed.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ppdl import Add, DSSGDStrategy, LargestValues, ParameterServer, close, serve
+from lightning_ppdl import Add, DSSGDStrategy, LargestValues, ParameterServer, close, connect, serve
 
 BATCHES = 6
 _numbers = itertools.count()
@@ -25,6 +27,15 @@ def url() -> Iterator[str]:
     address = f"memory://integration-{next(_numbers)}"
     yield address
     close(address)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where it is imported: for matrices this small, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def loader(seed: int = 0, shuffle: bool = False, batches: int = BATCHES) -> DataLoader[Any]:
@@ -59,6 +70,30 @@ class Tiny(pl.LightningModule):
         trainable = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trainable, self.lr, self.momentum)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)]
+
+
+class Optimized(Tiny):
+    """With the optimizers and schedulers that ``configure`` makes for it."""
+
+    def __init__(self, configure: Callable[[Any], Any], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.configure = configure
+
+    def configure_optimizers(self) -> Any:
+        return self.configure(self)
+
+
+class Words(Optimized):
+    """An embedding of 50 words, of which two occur, with sparse gradients."""
+
+    def __init__(self, configure: Any) -> None:
+        super().__init__(configure)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.embedding = nn.Embedding(50, 5, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.embedding((x[:, 0] > 0).long()))
 
 
 def flat(module: nn.Module) -> Tensor:
@@ -107,5 +142,93 @@ def rounds(of: pl.Trainer) -> list[Any]:
     return callback.reports
 
 
+class Ends(pl.Callback):
+    """The steps taken when each round ended; looks when all callbacks are through with a batch."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.steps: list[int] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.steps += [trainer.global_step] * (connect(self.url).status().version - len(self.steps))
+
+    def on_fit_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.on_train_batch_start(trainer)
+
+
+def steps_at_ends(of: pl.Trainer) -> list[int]:
+    """What :class:`Ends` saw."""
+    (seen,) = [callback for callback in of.callbacks if isinstance(callback, Ends)]  # type: ignore[attr-defined]
+    return seen.steps
+
+
 def require_close(actual: Any, expected: Any) -> None:
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=1e-4, atol=1e-5)
+
+
+def require_alike(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    """Of states: tensors and numbers in dictionaries and lists."""
+    torch.testing.assert_close(actual, expected, rtol=10 * tolerance, atol=tolerance)
+
+
+def beside_plain(
+    url: str,
+    make: Callable[[], Any],
+    own: dict[str, Any] | None = None,
+    tolerance: float = 1e-6,
+    **settings: Any,
+) -> tuple[pl.Trainer, Any]:
+    """Train ``make()`` plainly, and as the only participant, that shares everything: both must end alike.
+
+    Alike are parameters, buffers, what the optimizers hold, and where the schedulers are. The server must
+    have what is trainable, unless ``own``, further settings of the strategy, names something else.
+
+    Returns:
+        The participant's Trainer and module.
+    """
+    own = own or {}
+    server = add_server(url)
+
+    def run(strategy: Any) -> tuple[pl.Trainer, Any]:
+        pl.seed_everything(5, verbose=False)
+        module, made = make(), trainer(strategy, **copy.deepcopy(settings))
+        made.fit(module, loader(), loader(2))
+        return made, module
+
+    plain, expected = run("auto")
+    made, module = run(everything(url, **own))
+    assert made.global_step == plain.global_step > 0
+    assert len(rounds(made)) == server.version > 0
+    pl.seed_everything(5, verbose=False)
+    before = make().parameters()
+    moved = [(p - q).detach().abs().max() for p, q in zip(expected.parameters(), before, strict=True)]
+    assert max(moved) > 0.01, "training changes nothing that could be compared"
+    require_alike(module.state_dict(), expected.state_dict(), tolerance)
+    for ours, theirs in zip(made.optimizers, plain.optimizers, strict=True):
+        require_alike(ours.state_dict(), theirs.state_dict(), tolerance)
+    for one, other in zip(made.lr_scheduler_configs, plain.lr_scheduler_configs, strict=True):
+        assert one.scheduler.last_epoch == other.scheduler.last_epoch
+    if not {"share", "share_buffers"} & own.keys():
+        trained = [p.detach().reshape(-1).float() for p in module.parameters() if p.requires_grad]
+        require_alike(torch.from_numpy(server.parameters()), torch.cat(trained), tolerance)
+    return made, module
+
+
+def together(*participants: Callable[[], object]) -> None:
+    """Run all at once, each in a thread, and raise what the first that failed raised."""
+    failures: list[BaseException] = []
+
+    def run(participant: Callable[[], object]) -> None:
+        try:
+            participant()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(participant,), daemon=True) for participant in participants]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    if failures:
+        raise failures[0]
