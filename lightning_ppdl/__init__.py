@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_ppdl.backends.memory import serve as serve
     from lightning_ppdl.errors import ConfigurationError as ConfigurationError
     from lightning_ppdl.errors import PPDLError as PPDLError
+    from lightning_ppdl.metrics import CommunicationCost as CommunicationCost
     from lightning_ppdl.privacy.ledger import Ledger as Ledger
     from lightning_ppdl.privacy.mechanism import Mechanism as Mechanism
     from lightning_ppdl.privacy.participant_level import ParticipantLevel as ParticipantLevel
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from lightning_ppdl.pytorch_lightning import DSSGDCallback as DSSGDCallback
     from lightning_ppdl.pytorch_lightning import DSSGDDDPStrategy as DSSGDDDPStrategy
     from lightning_ppdl.pytorch_lightning import DSSGDStrategy as DSSGDStrategy
+    from lightning_ppdl.selection import ErrorFeedback as ErrorFeedback
     from lightning_ppdl.selection import LargestValues as LargestValues
+    from lightning_ppdl.selection import PerLayer as PerLayer
     from lightning_ppdl.selection import RandomAboveThreshold as RandomAboveThreshold
     from lightning_ppdl.selection import RandomFraction as RandomFraction
     from lightning_ppdl.selection import Selection as Selection
@@ -57,13 +60,21 @@ _HOMES = {
     "backends.grpc": ("Credentials", "GrpcBackend"),
     "backends.memory": ("close", "serve"),
     "errors": ("ConfigurationError", "PPDLError"),
+    "metrics": ("CommunicationCost",),
     "privacy.ledger": ("Ledger",),
     "privacy.mechanism": ("Mechanism",),
     "privacy.participant_level": ("ParticipantLevel",),
     "privacy.record.record_level": ("RecordLevel",),
     "privacy.sparse_vector": ("SparseVector",),
     "pytorch_lightning": ("DSSGDCallback", "DSSGDDDPStrategy", "DSSGDStrategy"),
-    "selection": ("LargestValues", "RandomAboveThreshold", "RandomFraction", "Selection"),
+    "selection": (
+        "ErrorFeedback",
+        "LargestValues",
+        "PerLayer",
+        "RandomAboveThreshold",
+        "RandomFraction",
+        "Selection",
+    ),
     "server.core": ("ParameterServer",),
     "server.download": ("ChangedSince", "DownloadCriterion", "MostRecent", "MostUpdated"),
     "server.merge": (

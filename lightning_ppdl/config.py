@@ -196,6 +196,7 @@ class JoinConfig:
     upload: UploadConfig = field(default_factory=UploadConfig)
     download: FractionConfig = field(default_factory=FractionConfig)
     transfer_dtype: str = MISSING
+    overlap_steps: int = MISSING
     turn_timeout_seconds: float = MISSING
     on_unreachable: str = MISSING
     unreachable_seconds: float = MISSING

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 
 from lightning_ppdl.backends import Backend
 from lightning_ppdl.errors import (
@@ -32,6 +34,7 @@ class Outbox:
         self._account = account
         self.unsent: bytes | None = None
         """What was not answered."""
+        self._lost: bytes | None = None
 
     def restore(self) -> None:
         """Take over what an earlier life of this participant released and may not have sent."""
@@ -40,11 +43,17 @@ class Outbox:
 
     def send(self, message: bytes) -> Receipt | None:
         """Upload ``message``; None if it was not merged, or that is not known."""
+        return self.settle(message, partial(self._backend.upload, message))
+
+    def settle(self, message: bytes, receipt_of: Callable[[], Receipt]) -> Receipt | None:
+        """Likewise, where somebody else uploads ``message``, and ``receipt_of`` gives what came of it."""
         try:
-            receipt = self._backend.upload(message)
+            receipt = receipt_of()
         except (TurnNotHeldError, RoundSeenBeforeError, UploadLostError) as error:
             log.warning("participant %r: an update was not merged: %s", self._participant, error)
             receipt = None
+            # The server may well have merged this one, and a later one since.
+            self._lost = None if isinstance(error, RoundSeenBeforeError) else message
         except ServerUnavailableError as error:
             log.warning(
                 "participant %r: an update was not answered, and is sent again before the next round: %s",
@@ -69,6 +78,11 @@ class Outbox:
         self.send(self.unsent)
         if self.unsent is not None:
             raise ServerUnavailableError(f"{self._backend.url!r} does not answer the upload that is due")
+
+    def take_lost(self) -> bytes | None:
+        """The last upload, if the server is known not to have it and it is not sent again; once."""
+        lost, self._lost = self._lost, None
+        return lost
 
     def forget(self) -> None:
         """The last upload was answered, or is for nobody any more."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,17 +18,47 @@ from torch import Tensor
 
 from lightning_ppdl import wire
 from lightning_ppdl.backends import Backend
-from lightning_ppdl.errors import ServerUnavailableError, TurnNotHeldError
+from lightning_ppdl.base import Base
+from lightning_ppdl.courier import Courier
+from lightning_ppdl.devices import to_host
+from lightning_ppdl.errors import (
+    ConfigurationError,
+    PPDLError,
+    ServerUnavailableError,
+    TurnNotHeldError,
+)
 from lightning_ppdl.outbox import Outbox
 from lightning_ppdl.privacy.account import Account
 from lightning_ppdl.privacy.release import Release
 from lightning_ppdl.randomness import torch_generator
-from lightning_ppdl.records import Download, DownloadRequest, Manifest, SparseUpdate, ValueType
+from lightning_ppdl.records import Manifest, Receipt, SparseUpdate, ValueType
 from lightning_ppdl.round_report import RoundReport
 
 log = logging.getLogger(__name__)
 
 OnUnreachable = Literal["wait", "local", "fail"]
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A release on its way, and the figures of its round."""
+
+    message: bytes
+    update: SparseUpdate
+    clamped_fraction: float
+    downloaded_bytes: int
+    exchange_seconds: float
+    wait_seconds: float
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """An exchange that goes on while the next round's first steps are made."""
+
+    sent: _Sent
+    courier: Courier
+    local: Tensor
+    """float32 (P,): where these steps start."""
 
 
 class Participant:
@@ -46,6 +77,7 @@ class Participant:
             after round alone, and ``"fail"`` raises.
         unreachable_seconds: How long ``"wait"`` tries, and how long joining does unless it is to fail.
         dtype: How values travel.
+        overlap: Whether :meth:`end_round_in_flight` is going to be called; not every server allows it.
     """
 
     def __init__(
@@ -61,12 +93,14 @@ class Participant:
         on_unreachable: OnUnreachable = "wait",
         unreachable_seconds: float = 600.0,
         dtype: ValueType = "float32",
+        overlap: bool = False,
     ) -> None:
         self.name = name
         self.manifest = manifest
         self._backend = backend
         self._release = release
-        self._download_fraction = download_fraction
+        self._residual = release.residual
+        self._base = Base(manifest.size, download_fraction, dtype)
         self._seed = seed
         self._turn_timeout_seconds = turn_timeout_seconds
         self.account = account
@@ -80,10 +114,10 @@ class Participant:
         self._resumed = False
         self._merged_ahead = 0
         self._study: str | None = None
-        self._version: int | None = None
-        self._base: Tensor | None = None
-        self._complete = False
+        self._overlap = overlap
+        self._in_flight: _InFlight | None = None
         self._start: Tensor | None = None
+        self._progress: Tensor | None = None
         self._gradients: Tensor | None = None
         self._opened: dict[str, Any] | None = None
         self._wait_seconds = 0.0
@@ -106,6 +140,11 @@ class Participant:
         self._backend.patience_seconds = 0.0 if self._on_unreachable == "fail" else patience
         membership = self._backend.join(self.name, self.manifest)
         self._backend.patience_seconds = patience if self._on_unreachable == "wait" else 0.0
+        if self._overlap and not membership.anytime:
+            raise ConfigurationError(
+                f"overlap: {self._backend.url} gives turns, in which nobody trains while others do; leave "
+                f"overlap_steps at 0, or serve protocol=asynchronous"
+            )
         resumed = self._resumed and membership.study == self._study
         if membership.study != self._study:
             if self._study is not None:
@@ -115,14 +154,18 @@ class Participant:
                     self.name,
                 )
             # Another server: what was downloaded from the old one is no base for anything here.
-            self._study, self._version, self._base, self._opened = membership.study, None, None, None
+            self._study, self._opened = membership.study, None
+            self._base.forget()
             self._outbox.unsent = None
+            self._forget_residual()
         known = membership.last_round
         if self.account is not None:
             known = max(known, self.account.resume(membership.study, known))
             self._outbox.restore()
         if resumed:
             self._merged_ahead = max(0, known - self.round)
+            if self._merged_ahead:
+                self._forget_residual()
         else:
             self.round = max(self.round, known)
         self._renew_seconds = membership.lease_seconds / 4
@@ -148,13 +191,17 @@ class Participant:
 
         Returns:
             float32 (P,): the parameters to start local training from, on ``local``'s device. None to go on
-            with ``local``: a checkpoint's open round goes on, or (:attr:`in_round` is false then) this one is
-            trained alone, since the server cannot be reached, or has this round already.
+            with ``local``: a checkpoint's open round goes on, the download is still on its way
+            (:attr:`in_flight`), or (:attr:`in_round` is false then) this one is trained alone, since the
+            server cannot be reached, or has this round already.
 
         Raises:
             ServerUnavailableError: if the server cannot be reached, and that is not to be gone on without.
         """
         opened, self._opened = self._opened, None
+        if self._in_flight is not None:
+            self._open_round(local)
+            return None
         if self._merged_ahead:
             self._merged_ahead -= 1
             self.round += 1
@@ -176,6 +223,7 @@ class Participant:
     def _take_turn(self) -> None:
         started = time.perf_counter()
         self._outbox.send_again(self._turn_timeout_seconds)
+        self._take_back_lost()
         self._backend.take_turn(self._turn_timeout_seconds)
         self._renewed_at = time.perf_counter()
         self._wait_seconds = self._renewed_at - started
@@ -184,40 +232,85 @@ class Participant:
         """With the round that was open when the checkpoint was saved: its training is in ``local``."""
         self._take_turn()
         self._downloaded_bytes, self._exchange_seconds = 0, 0.0
+        self._open_round(local)
         self._start = opened["start"].to(local.device)
         if opened["gradients"] is not None:
             self._gradients = opened["gradients"].to(local.device)
-        self.round += 1
-        self.in_round = True
 
     def _download(self, local: Tensor) -> Tensor:
         self._take_turn()
         started = time.perf_counter()
-        # Who held a mixture so far, and asks for everything now (resumed with another theta_d), has no
-        # whole vector that changes could be sent over.
-        known = self._version if self._complete or self._download_fraction < 1 else None
-        message = self._backend.download(DownloadRequest(self._download_fraction, known, self._dtype))
-        download = wire.decode_download(message, self.manifest.size)
-        self._base = self._overwrite(local, download)
-        self._version, self._complete = download.version, download.complete
-        self._downloaded_bytes = len(message)
+        message = self._backend.download(self._base.request())
+        self._open_round(local)
+        start = self._take_in(message, local)
         self._exchange_seconds = time.perf_counter() - started
+        # A copy: local training may well happen in place.
+        return start.clone()
+
+    def _open_round(self, local: Tensor) -> None:
         self.round += 1
         self.in_round = True
-        if self.manifest.quantity == "gradient":
-            self._gradients = torch.zeros_like(self._base)
-        self._start = self._base
-        # A copy: local training may well happen in place.
-        return self._base.clone()
+        self._start = self._progress = None
+        self._gradients = torch.zeros_like(local) if self.manifest.quantity == "gradient" else None
+
+    def _take_in(self, message: bytes | bytearray, local: Tensor) -> Tensor:
+        """Where the open round starts, after this download: not to be changed."""
+        vector, download = self._base.take(message, local)
+        self._downloaded_bytes = len(message)
+        if self._residual is not None and self.manifest.quantity == "change":
+            vector = self._residual.start_from(vector, download)
+        self._start = vector
+        return vector
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an exchange is still on its way: :meth:`settle` is due, in this round or after the last."""
+        return self._in_flight is not None
+
+    def settle(self, local: Tensor) -> tuple[RoundReport, Tensor | None]:
+        """Wait for the exchange that is on its way, and lay what it brings under the steps made meanwhile.
+
+        Args:
+            local: float32 (P,): this participant's parameters now.
+
+        Returns:
+            The report of the round that was sent; and float32 (P,), the parameters to go on with: those
+            downloaded, and the steps since. None where ``local`` is gone on with: no round is open, or its
+            download cannot be had, and it is trained alone.
+
+        Raises:
+            ServerUnavailableError: if the server cannot be reached, and that is not to be gone on without.
+        """
+        assert self._in_flight is not None
+        flight, self._in_flight = self._in_flight, None
+        waited = time.perf_counter()
+        receipt = self._outbox.settle(flight.sent.message, flight.courier.receipt)
+        self._take_back_lost()
+        report = self._report(flight.sent, receipt)
+        if not self.in_round:
+            return report, None
+        try:
+            message = flight.courier.download()
+        except ServerUnavailableError as error:
+            if self._on_unreachable != "local":
+                raise
+            self._forget_open_round()
+            self._backend.tell(f"{error}; participant {self.name!r} trains this round alone")
+            return report, None
+        start = self._take_in(message, flight.local)
+        self._progress = local - flight.local
+        self._wait_seconds, self._exchange_seconds = 0.0, time.perf_counter() - waited
+        return report, start + self._progress
 
     def started_from(self, local: Tensor) -> None:
-        """Say what the module holds of :meth:`begin_round`'s vector, if its precision is below float32.
+        """Say what the module holds of :meth:`begin_round`'s or :meth:`settle`'s vector, if its precision is
+        below float32.
 
         Args:
             local: float32 (P,): the parameters as rounded. The round's change is relative to them: the
                 rounding is not a change, and must not be shared as one.
         """
-        self._start = local
+        self._start = local if self._progress is None else local - self._progress
 
     @property
     def gradients(self) -> Tensor:
@@ -228,7 +321,7 @@ class Participant:
     def keep_turn(self) -> None:
         """Give a sign of life in the middle of a round; cheap enough for every batch."""
         now = time.perf_counter()
-        if now - self._renewed_at < self._renew_seconds:
+        if now - self._renewed_at < self._renew_seconds or self._in_flight is not None:
             return
         self._renewed_at = now
         try:
@@ -250,37 +343,80 @@ class Participant:
             merged; the round counts all the same, since its update was released.
         """
         started = time.perf_counter()
-        assert self._start is not None and self._version is not None and self.in_round
+        sent = self._released(local)
+        receipt = self._outbox.send(sent.message)
+        self._close_round(sent)
+        self._take_back_lost()
+        return self._report(sent, receipt, time.perf_counter() - started)
+
+    def end_round_in_flight(self, local: Tensor) -> None:
+        """Likewise, but let the upload, and the next download, go on meanwhile; :meth:`settle` reports."""
+        sent = self._released(local)
+        courier = Courier(self._backend, sent.message, self._base.request(), self._turn_timeout_seconds)
+        self._in_flight = _InFlight(sent, courier, local)
+        self._close_round(sent)
+
+    def _close_round(self, sent: _Sent) -> None:
+        self.in_round = False
+        if self._residual is not None:
+            exact = self._dtype == "float32"
+            self._residual.sent(
+                sent.update if exact else wire.decode_update(sent.message, self.manifest.size)
+            )
+
+    def _released(self, local: Tensor) -> _Sent:
+        """Through the door, and paid for: what may be sent."""
+        assert self._start is not None and self._base.version is not None and self.in_round
         delta = local - self._start if self._gradients is None else self._gradients
         generator = torch_generator(self._seed, self.name, self.round, "selection")
         released = self._release.release(delta, generator)
-        update = SparseUpdate(
-            self.name,
-            self.round,
-            self._version,
-            released.indices.cpu().numpy(),
-            np.ascontiguousarray(released.values.cpu().numpy()),
-        )
+        indices, values = to_host(released.indices, released.values)
+        update = SparseUpdate(self.name, self.round, self._base.version, indices, values)
         message = wire.encode_update(update, self.manifest.size, self._dtype)
         if self.account is not None:
-            self.account.pay(self.round, released.event, len(update.indices), message)
+            self.account.pay(self.round, released.event, len(indices), message)
             self._release.paid()
-        receipt = self._outbox.send(message)
-        self.in_round = False
-        self._exchange_seconds += time.perf_counter() - started
+        return _Sent(
+            message,
+            update,
+            released.clamped_fraction,
+            self._downloaded_bytes,
+            self._exchange_seconds,
+            self._wait_seconds,
+        )
+
+    def _report(self, sent: _Sent, receipt: Receipt | None, seconds: float = 0.0) -> RoundReport:
+        update = sent.update
         return RoundReport(
-            round=self.round,
+            round=update.round,
             merged=receipt is not None,
-            uploaded_bytes=len(message),
-            downloaded_bytes=self._downloaded_bytes,
+            uploaded_bytes=len(sent.message),
+            downloaded_bytes=sent.downloaded_bytes,
             released_values=len(update.indices),
             uploaded_fraction=len(update.indices) / self.manifest.size,
-            clamped_fraction=released.clamped_fraction,
+            clamped_fraction=sent.clamped_fraction,
             staleness=0 if receipt is None else receipt.staleness,
             update_norm=float(np.linalg.norm(update.values)),
-            exchange_seconds=self._exchange_seconds,
-            wait_seconds=self._wait_seconds,
+            exchange_seconds=sent.exchange_seconds + seconds,
+            wait_seconds=sent.wait_seconds,
         )
+
+    def _take_back_lost(self) -> None:
+        """Where a residual is kept, an update that was not merged is due again."""
+        lost = self._outbox.take_lost()
+        if lost is not None and self._residual is not None:
+            self._residual.give_back(wire.decode_update(lost, self.manifest.size), self.manifest.size)
+
+    def _forget_residual(self) -> None:
+        """What was sent in the meantime is not known: rather nothing of it than a part of it twice."""
+        if self._residual is not None and self._residual.values is not None:
+            log.warning(
+                "participant %r drops what it had not sent of earlier updates: %s has later rounds of it "
+                "than its checkpoint, or is another server",
+                self.name,
+                self._backend.url,
+            )
+            self._residual.values = None
 
     def abandon_round(self) -> None:
         """Give the turn back without uploading; the round's number is used again."""
@@ -302,6 +438,12 @@ class Participant:
         """Leave the collaboration; :meth:`join` comes back to it."""
         self._forget_open_round()
         try:
+            if self._in_flight is not None:
+                flight, self._in_flight = self._in_flight, None
+                try:
+                    self._outbox.settle(flight.sent.message, flight.courier.receipt)
+                except PPDLError as error:
+                    log.warning("participant %r: the last update was refused: %s", self.name, error)
             if self.account is not None and (event := self._release.unpaid()) is not None:
                 self.account.pay(self.round, event, 0, None)
                 self._release.paid()
@@ -318,39 +460,34 @@ class Participant:
             open_round: Whether a round that is open goes on then, with the parameters of the same checkpoint;
                 else it is begun anew.
         """
-        unsent = self._outbox.unsent if self.account is None else None  # else its ledger keeps it
+        unsent = None
+        if self.account is None:  # else its ledger keeps it
+            # Sent once more, if it did arrive, it is answered as it was then.
+            unsent = self._outbox.unsent if self._in_flight is None else self._in_flight.sent.message
         return {
             "study": self._study,
             "round": self.round - self.in_round,
             "open": {"start": self._start, "gradients": self._gradients}
-            if open_round and self.in_round
+            if open_round and self.in_round and self._in_flight is None
             else None,
             "unsent": None if unsent is None else torch.frombuffer(bytearray(unsent), dtype=torch.uint8),
-            "version": self._version,
-            "base": self._base,
-            "complete": self._complete,
+            **self._base.state_dict(),
+            "release": None if self._residual is None else self._residual.values,
             # Not for this participant's own sake: so that another copy of the ledger learns of them.
             "ledger": [] if self.account is None else self.account.to_primitives(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._study, self.round = state["study"], state["round"]
-        self._version, self._base, self._complete = state["version"], state["base"], state["complete"]
+        self._base.load_state_dict(state)
         self._opened = state.get("open")
         self._resumed = True
+        residual = state.get("release")
+        if self._residual is not None:
+            self._residual.restore(residual, self.manifest.size)
+        elif residual is not None:
+            log.warning("participant %r drops what its checkpoint kept for error feedback", self.name)
         if (unsent := state.get("unsent")) is not None:
             self._outbox.unsent = unsent.numpy().tobytes()
         if self.account is not None:
             self.account.merge_primitives(state["ledger"])
-
-    def _overwrite(self, local: Tensor, download: Download) -> Tensor:
-        values = torch.from_numpy(download.values).to(local.device)
-        if download.indices is None:
-            return values
-        # A complete download in sparse form is relative to the last one, a partial one to what the
-        # participant has made of its parameters since.
-        held = self._base if download.complete else local
-        assert held is not None
-        start = held.to(local.device, copy=True)
-        start[torch.from_numpy(download.indices).to(local.device)] = values
-        return start

@@ -74,6 +74,9 @@ class DSSGDStrategy(OneDevice, SingleDeviceStrategy):
         unreachable_seconds: The longest that ``"wait"`` waits before it fails.
         transfer_dtype: How values travel, both ways: ``"float32"``, or in half of the bytes ``"bfloat16"`` or
             ``"float16"``.
+        overlap_steps: How many optimizer steps of a round are made while the exchange before it is still on
+            its way: they start from this participant's own parameters, and what is downloaded is laid under
+            them. Only at a server that gives no turns. 0 waits for each exchange.
 
     Raises:
         ConfigurationError: for an argument that cannot work, when the strategy is made or, where it

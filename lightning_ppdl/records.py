@@ -124,6 +124,7 @@ class Membership:
         last_round: The last round of this participant that was accepted, 0 if none.
         needs_initial: True while no parameters are there yet, and this participant may offer them.
         lease_seconds: How long a turn lasts without a sign of life.
+        anytime: Whether nobody waits for a turn: then training may go on while an exchange does.
     """
 
     session: str
@@ -132,6 +133,7 @@ class Membership:
     last_round: int
     needs_initial: bool
     lease_seconds: float
+    anytime: bool = False
 
 
 @dataclass(frozen=True)

@@ -88,4 +88,5 @@ def _strategy(cfg: DictConfig, several: bool) -> Any:
         on_unreachable=cfg.on_unreachable,
         unreachable_seconds=cfg.unreachable_seconds,
         transfer_dtype=cfg.transfer_dtype,
+        overlap_steps=cfg.overlap_steps,
     )

@@ -71,6 +71,7 @@ class Rounds(_Callback):
         self._warned = False
         self._open = False
         self._alone = False
+        self._in_flight = False
         self._noiseless = False
         self._resumed = False
 
@@ -102,7 +103,7 @@ class Rounds(_Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy, settings = self._strategy, self._strategy.settings
         self._generators = None
-        self._warned = self._open = self._alone = False
+        self._warned = self._open = self._alone = self._in_flight = False
         if settings.quantity == "gradient" and any(isinstance(o, LBFGS) for o in trainer.optimizers):
             raise ConfigurationError(
                 "quantity='gradient' does not fit LBFGS, which evaluates several gradients a step; share "
@@ -133,6 +134,10 @@ class Rounds(_Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self._open and self._in_flight:
+            if self._steps(trainer) >= self._strategy.settings.overlap_steps:
+                self._settle(trainer)
+            return
         if self._open or self._alone:
             return
         ranks, layout = self._joined()
@@ -140,8 +145,7 @@ class Rounds(_Callback):
         if told.ends is not None:
             self._spend_no_more(trainer, told.ends)
             return
-        if told.assigned and ranks.several:
-            layout.assign(ranks.share(layout.flatten()))
+        self._follow(told)
         self._open = True
         self._steps_before_round, self._batches = trainer.global_step, 0
         if self._reopened is not None and not told.assigned:
@@ -198,6 +202,8 @@ class Rounds(_Callback):
         # Training that stops in the middle of a round of n steps still shares what it did.
         if self._open:
             self._end_round(trainer, on_step=None)
+        if self._in_flight:
+            self._settle(trainer)
         if self._seat is not None and (account := self._seat.account) is not None:
             rank_zero_info(f"the ledger of participant {account.participant!r}: {account.spent()}")
 
@@ -208,15 +214,39 @@ class Rounds(_Callback):
             if self._seat is not None:
                 self._seat.abandon()
             return
-        bar = trainer.progress_bar_callback is not None
-        logged = bool(trainer.loggers) or bar
+        if self._in_flight:
+            self._settle(trainer)
+        logged = bool(trainer.loggers) or trainer.progress_bar_callback is not None
         told = ranks.zero(lambda: self._require_seat().finish(logged))
+        self._in_flight = told.in_flight
+        self._log(trainer, told, on_step)
+        if told.ends is not None:
+            self._spend_no_more(trainer, told.ends)
+
+    def _settle(self, trainer: pl.Trainer) -> None:
+        """Have the exchange end that is on its way."""
+        ranks, _ = self._joined()
+        self._in_flight = False
+        told = ranks.zero(lambda: self._require_seat().settle())
+        self._follow(told)
+        self._log(trainer, told, on_step=None)
+
+    def _follow(self, told: Told) -> None:
+        """Take over what rank zero was told to begin with."""
+        ranks, layout = self._joined()
+        if told.assigned and ranks.several:
+            layout.assign(ranks.share(layout.flatten()))
+
+    def _log(self, trainer: pl.Trainer, told: Told, on_step: bool | None) -> None:
+        ranks, _ = self._joined()
+        if not told.metrics:
+            return
         # Lightning drops on-step metrics of steps that log_every_n_steps passes over, and a round may
         # well end on such a step; so the loggers are written to directly.
         for logger in trainer.loggers if ranks.is_zero else ():
             logger.log_metrics(dict(told.metrics), step=trainer.global_step)
         # A self.log costs more than a training step of a small model; it is for eyes on the bar.
-        if on_step is not None and bar:
+        if on_step is not None and trainer.progress_bar_callback is not None:
             for key in _ON_PROGRESS_BAR:
                 if key in told.metrics:
                     trainer.lightning_module.log(
@@ -227,8 +257,6 @@ class Rounds(_Callback):
                         on_step=on_step,
                         on_epoch=not on_step,
                     )
-        if told.ends is not None:
-            self._spend_no_more(trainer, told.ends)
 
     def _spend_no_more(self, trainer: pl.Trainer, how: Exhausted) -> None:
         """The budget is spent: end training, or let it go on without exchanges and without noise."""

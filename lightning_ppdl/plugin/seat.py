@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ppdl.errors import BudgetExhaustedError, ConfigurationError
 from lightning_ppdl.initial import Initial, initial_vector
@@ -28,11 +28,13 @@ class Told:
 
     Args:
         assigned: Whether the module's shared values were overwritten.
+        in_flight: Whether the exchange is still on its way.
         ends: What becomes of training where the budget is spent; None while it is not.
         metrics: What to log.
     """
 
     assigned: bool = False
+    in_flight: bool = False
     ends: Exhausted | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -95,15 +97,13 @@ class Seat:
 
     def begin(self) -> Told:
         """Wait for the turn, download, and put what came into the module."""
-        participant, layout = self._participant, self._layout
+        participant = self._participant
         if participant.account is not None and participant.exhausted:
             return Told(ends=self._spend_no_more(participant.account))
-        start = participant.begin_round(layout.flatten())
+        start = participant.begin_round(self._layout.flatten())
         if start is None:
             return Told()
-        layout.assign(start)
-        if not layout.exact:
-            participant.started_from(layout.flatten())
+        self._assign(start)
         return Told(assigned=True)
 
     def add_gradients(self, parameters: list[nn.Parameter], factor: float) -> None:
@@ -117,19 +117,40 @@ class Seat:
             logged: Whether anybody looks at the metrics; a ledger's total takes a moment to find.
         """
         participant = self._participant
-        metrics = {"ppdl/alone": float(not participant.in_round)}
+        metrics = {"ppdl/alone": 1.0}
         if participant.in_round:
-            report = participant.end_round(self._layout.flatten())
-            self._reports.append(report)
-            metrics |= {f"ppdl/{name}": float(value) for name, value in asdict(report).items()}
+            local = self._layout.flatten()
+            if self._settings.overlap_steps:
+                participant.end_round_in_flight(local)
+                metrics = {}
+            else:
+                metrics = self._reported(participant.end_round(local))
         account = participant.account
-        if account is None:
-            return Told(metrics=metrics)
-        if logged:
-            metrics |= {f"ppdl/{name}": value for name, value in account.metrics().items()}
-        # Going on alone is for the next round to decide, if there is one.
-        stop = account.mechanism.on_exhausted == "stop" and participant.exhausted
-        return Told(metrics=metrics, ends=self._spend_no_more(account) if stop else None)
+        ends: Exhausted | None = None
+        if account is not None:
+            if logged:
+                metrics |= {f"ppdl/{name}": value for name, value in account.metrics().items()}
+            # Going on alone is for the next round to decide, if there is one.
+            if account.mechanism.on_exhausted == "stop" and participant.exhausted:
+                ends = self._spend_no_more(account)
+        return Told(in_flight=participant.in_flight, metrics=metrics, ends=ends)
+
+    def settle(self) -> Told:
+        """Have the exchange end that is on its way, and put what came into the module."""
+        report, start = self._participant.settle(self._layout.flatten())
+        if start is not None:
+            self._assign(start)
+        return Told(assigned=start is not None, metrics=self._reported(report))
+
+    def _assign(self, start: Tensor) -> None:
+        self._layout.assign(start)
+        if not self._layout.exact:
+            self._participant.started_from(self._layout.flatten())
+
+    def _reported(self, report: RoundReport) -> dict[str, float]:
+        self._reports.append(report)
+        figures = {f"ppdl/{name}": float(value) for name, value in asdict(report).items()}
+        return {"ppdl/alone": 0.0, **figures}
 
     def abandon(self) -> None:
         """Give the round back: nothing was trained in it."""

@@ -24,6 +24,7 @@ from lightning_ppdl.records import Manifest, Quantity, ValueType
 from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.validation import (
     require_choice,
+    require_count,
     require_fraction,
     require_name,
     require_not_negative,
@@ -59,6 +60,7 @@ class Settings:
         on_unreachable: OnUnreachable,
         unreachable_seconds: float,
         transfer_dtype: ValueType,
+        overlap_steps: int,
     ) -> None:
         server = server if server is not None else _from_environment("server", "PPDL_SERVER")
         self.backend = server if isinstance(server, Backend) else connect(server)
@@ -101,6 +103,9 @@ class Settings:
         self.on_unreachable = require_choice("on_unreachable", on_unreachable, get_args(OnUnreachable))
         self.unreachable_seconds = require_not_negative("unreachable_seconds", unreachable_seconds)
         self.transfer_dtype = require_choice("transfer_dtype", transfer_dtype, get_args(ValueType))
+        self.overlap_steps = (
+            overlap_steps if overlap_steps == 0 else require_count("overlap_steps", overlap_steps)
+        )
 
     def enrol(self, layout: ParameterLayout, plan: Plan, private: PrivateTraining | None) -> Participant:
         """The participant, for a module's ``layout``; not joined yet.
@@ -130,6 +135,7 @@ class Settings:
             raise
 
     def _participant(self, layout: ParameterLayout, release: Release, account: Account | None) -> Participant:
+        release = release.for_tensors(layout.specs)
         manifest = Manifest(layout.specs, self.quantity, release.max_fraction(layout.size), release.bound)
         return Participant(
             self.participant,
@@ -143,6 +149,7 @@ class Settings:
             self.on_unreachable,
             self.unreachable_seconds,
             self.transfer_dtype,
+            overlap=self.overlap_steps > 0,
         )
 
     def _plain_release(self) -> PlainRelease:

@@ -75,6 +75,7 @@ class Collaboration(_Strategy):  # type: ignore[misc]
         on_unreachable: OnUnreachable = "wait",
         unreachable_seconds: float = 600.0,
         transfer_dtype: ValueType = "float32",
+        overlap_steps: int = 0,
         **lightning: Any,
     ) -> None:
         self._check(privacy, lightning)
@@ -98,6 +99,7 @@ class Collaboration(_Strategy):  # type: ignore[misc]
             on_unreachable,
             unreachable_seconds,
             transfer_dtype,
+            overlap_steps,
         )
         self._private: PrivateTraining | None = None
         if isinstance(privacy, RecordLevel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +15,8 @@ from lightning_ppdl.privacy.mechanism import Mechanism, Plan
 from lightning_ppdl.privacy.noise import NoiseSource
 from lightning_ppdl.privacy.release import PlainRelease, Release, Released, clamped, finite_or_zero
 from lightning_ppdl.privacy.samplers import Sampler, make_sampler, on_grid
-from lightning_ppdl.selection import RandomFraction, Selection
+from lightning_ppdl.records import ParameterSpec
+from lightning_ppdl.selection import ErrorFeedback, RandomFraction, Selection
 from lightning_ppdl.validation import require_count, require_positive
 
 # Covers the rounding errors of computing a norm in float64.
@@ -108,6 +110,12 @@ class ParticipantLevel(Mechanism):
         self, selection: Selection | None, bound: float | None, noise: NoiseSource
     ) -> ParticipantLevelRelease:
         self._settled()
+        if isinstance(selection, ErrorFeedback):
+            raise ConfigurationError(
+                f"selection={selection!r} beside privacy=ParticipantLevel(...): what it keeps is un-noised, "
+                f"and would carry one round's data into later releases; give the selection that is inside, "
+                f"or protect records, privacy=RecordLevel(...), beside which it is sound"
+            )
         plain = PlainRelease(RandomFraction(1.0) if selection is None else selection, bound)
         return ParticipantLevelRelease(self, plain, make_sampler(noise, self.exact))
 
@@ -153,6 +161,9 @@ class ParticipantLevelRelease(Release):
         grid = self._sampler.grid(scale, scale)
         noised = self._sampler.place(clipped, grid) + self._sampler.gaussian(len(clipped), scale, grid)
         return torch.from_numpy(on_grid(noised, scale).astype(np.float32)).to(values.device)
+
+    def for_tensors(self, specs: Sequence[ParameterSpec]) -> ParticipantLevelRelease:
+        return ParticipantLevelRelease(self._mechanism, self._plain.for_tensors(specs), self._sampler)
 
     def max_fraction(self, size: int) -> float:
         return self._plain.max_fraction(size)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from lightning_ppdl.errors import ConfigurationError, NonFiniteUpdateError, SelectionError
+from lightning_ppdl.errors import NonFiniteUpdateError
 from lightning_ppdl.privacy.events import PrivacyEvent
-from lightning_ppdl.selection import Selection
+from lightning_ppdl.privacy.residual import Residual
+from lightning_ppdl.records import ParameterSpec
+from lightning_ppdl.selection import ErrorFeedback, Selection
+from lightning_ppdl.selection.base import checked_indices, require_selection
 from lightning_ppdl.validation import require_positive
 
 log = logging.getLogger(__name__)
@@ -40,6 +44,25 @@ class Release(ABC):
 
     bound: float | None
     """gamma: every released value lies in [-bound, bound]; None for no bound."""
+
+    @property
+    def residual(self) -> Residual | None:
+        """What was not released and is kept for later rounds; None where nothing is kept."""
+        return None
+
+    def for_tensors(self, specs: Sequence[ParameterSpec]) -> Release:
+        """This release for one participant's shared tensors; called once, before its first round.
+
+        Args:
+            specs: The tensors, in the order in which they lie in the update.
+
+        Returns:
+            Itself, unless its selection depends on them.
+
+        Raises:
+            ConfigurationError: if the selection cannot work with these tensors.
+        """
+        return self
 
     @abstractmethod
     def release(self, delta: Tensor, generator: torch.Generator) -> Released:
@@ -78,6 +101,9 @@ class Release(ABC):
 class PlainRelease(Release):
     """Selection, then the bound; no noise, so it carries no privacy guarantee and claims none.
 
+    One belongs to one participant: under :class:`~lightning_ppdl.selection.ErrorFeedback` it keeps the
+    residual.
+
     Args:
         selection: Which entries leave.
         bound: gamma. Values are clamped into [-bound, bound]; None leaves them as they are.
@@ -87,16 +113,25 @@ class PlainRelease(Release):
 
     selection: Selection
     bound: float | None = None
+    _residual: Residual | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.selection, Selection):
-            raise ConfigurationError(
-                f"selection={self.selection!r} must be a Selection, e.g. LargestValues(fraction=0.1)"
-            )
+        selection = require_selection(self.selection)
+        if isinstance(selection, ErrorFeedback):
+            object.__setattr__(self, "_residual", Residual(selection.ahead))
         if self.bound is not None:
             require_positive("bound", self.bound)
 
+    @property
+    def residual(self) -> Residual | None:
+        return self._residual
+
+    def for_tensors(self, specs: Sequence[ParameterSpec]) -> PlainRelease:
+        return replace(self, selection=self.selection.for_tensors(specs))
+
     def release(self, delta: Tensor, generator: torch.Generator) -> Released:
+        if self._residual is not None:
+            delta = self._residual.added_to(delta)
         require_finite(delta)
         indices = self.choose(delta, generator)
         return clamped(indices, delta[indices], self.bound)
@@ -108,24 +143,7 @@ class PlainRelease(Release):
         Raises:
             SelectionError: if they are not what :meth:`Selection.select` promises.
         """
-        indices = self.selection.select(delta, generator)
-        name = f"{type(self.selection).__name__}.select()"
-        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
-            got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices)
-            raise SelectionError(f"{name} must return an int64 tensor of shape (k,), not {got}")
-        if len(indices) > self.selection.count(delta.numel()):
-            raise SelectionError(
-                f"{name} returned {len(indices)} indices; fraction={self.selection.fraction!r} of "
-                f"{delta.numel()} entries allows {self.selection.count(delta.numel())}"
-            )
-        if len(indices) and not (
-            int(indices[0]) >= 0 and int(indices[-1]) < delta.numel() and bool((indices.diff() > 0).all())
-        ):
-            raise SelectionError(
-                f"{name} must return strictly increasing indices in [0, {delta.numel()}); sort them, and "
-                f"return none twice"
-            )
-        return indices
+        return checked_indices(self.selection, delta, generator)
 
     def max_fraction(self, size: int) -> float:
         return self.selection.count(size) / size

@@ -126,6 +126,7 @@ def membership_record(message: pb.JoinReply) -> Membership:
         message.last_round,
         message.needs_initial,
         message.lease_seconds,
+        message.anytime,
     )
 
 

@@ -46,20 +46,22 @@ class JoinRequest(_message.Message):
     def __init__(self, participant: _Optional[str] = ..., manifest: _Optional[_Union[Manifest, _Mapping]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("session", "study", "version", "last_round", "needs_initial", "lease_seconds")
+    __slots__ = ("session", "study", "version", "last_round", "needs_initial", "lease_seconds", "anytime")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STUDY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LAST_ROUND_FIELD_NUMBER: _ClassVar[int]
     NEEDS_INITIAL_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ANYTIME_FIELD_NUMBER: _ClassVar[int]
     session: str
     study: str
     version: int
     last_round: int
     needs_initial: bool
     lease_seconds: float
-    def __init__(self, session: _Optional[str] = ..., study: _Optional[str] = ..., version: _Optional[int] = ..., last_round: _Optional[int] = ..., needs_initial: bool = ..., lease_seconds: _Optional[float] = ...) -> None: ...
+    anytime: bool
+    def __init__(self, session: _Optional[str] = ..., study: _Optional[str] = ..., version: _Optional[int] = ..., last_round: _Optional[int] = ..., needs_initial: bool = ..., lease_seconds: _Optional[float] = ..., anytime: bool = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("data", "total_bytes", "session", "manifest")

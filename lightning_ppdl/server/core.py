@@ -177,6 +177,7 @@ class ParameterServer:
                 last_round=member.rounds,
                 needs_initial=not self._vector.filled,
                 lease_seconds=self._turns.lease_seconds,
+                anytime=self._turns.anytime,
             )
 
     def participant(self, session: str) -> str:

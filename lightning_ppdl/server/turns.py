@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_ppdl.records import SparseUpdate
 from lightning_ppdl.server.merge import MergeContext
@@ -19,6 +19,9 @@ class Turns(ABC):
     Args:
         lease_seconds: How long a turn lasts without a sign of life.
     """
+
+    anytime: ClassVar[bool] = False
+    """Whether nobody waits for a turn: see :class:`~lightning_ppdl.records.Membership`."""
 
     def __init__(self, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
@@ -89,6 +92,8 @@ class Turns(ABC):
 
 class Anytime(Turns):
     """Everyone may exchange whenever it likes, and each upload is merged at once."""
+
+    anytime = True
 
     def enter(self, name: str) -> None:
         pass

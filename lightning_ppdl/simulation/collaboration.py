@@ -60,7 +60,7 @@ class Collaboration:
         self.parameters = layout.size
         if simulation.privacy is None:
             plain = LargestValues() if simulation.selection is None else simulation.selection
-            PlainRelease(plain, simulation.bound).max_fraction(layout.size)
+            PlainRelease(plain, simulation.bound).for_tensors(layout.specs).max_fraction(layout.size)
         self._callbacks: list[DSSGDCallback] = []
         self._ledgers: list[Ledger] = []
         self._server = ParameterServer(

@@ -22,12 +22,16 @@ class AdmissionSuite(Served):
         server = self.add_server()
         first = self.connect()
         anna = first.join("anna", MANIFEST)
-        assert anna == Membership(anna.session, server.study, 0, 0, needs_initial=True, lease_seconds=60.0)
+        assert anna == Membership(
+            anna.session, server.study, 0, 0, needs_initial=True, lease_seconds=60.0, anytime=True
+        )
         first.offer_initial(np.arange(SIZE, dtype=np.float32))
         first.upload(encoded())
         second = self.connect()
         ben = second.join("ben", MANIFEST)
-        assert ben == Membership(ben.session, server.study, 1, 0, needs_initial=False, lease_seconds=60.0)
+        assert ben == Membership(
+            ben.session, server.study, 1, 0, needs_initial=False, lease_seconds=60.0, anytime=True
+        )
         assert len({anna.session, ben.session}) == 2
 
     def test_only_the_first_offer_counts(self) -> None:

@@ -105,10 +105,10 @@ def as_plain_training() -> Any:
     return {**result, "plain": flat(plain).tolist(), "reports_later": len(strategy.reports)}
 
 
-def others_upload_too() -> Any:
+def others_upload_too(url: str = "memory://others", **settings: Any) -> Any:
     """What rank zero downloads has to reach rank one, in rounds of two steps."""
-    server = serve("memory://others", ParameterServer(merge=Add(), protocol=Asynchronous()))
-    strategy = make("memory://others", round_length=2)
+    server = serve(url, ParameterServer(merge=Add(), protocol=Asynchronous()))
+    strategy = make(url, round_length=2, **settings)
 
     class Ben(pl.Callback):
         member: Participant | None = None
@@ -118,9 +118,7 @@ def others_upload_too() -> Any:
                 return
             if self.member is None:
                 manifest, _ = server.export()
-                self.member = Participant(
-                    "ben", connect("memory://others"), manifest, PlainRelease(LargestValues(1.0))
-                )
+                self.member = Participant("ben", connect(url), manifest, PlainRelease(LargestValues(1.0)))
                 self.member.join()
             start = self.member.begin_round(torch.zeros(self.member.manifest.size))
             assert start is not None
@@ -128,6 +126,11 @@ def others_upload_too() -> Any:
 
     module = Normed()
     return seen(module, fit(module, strategy, callbacks=[Ben()]), strategy, server)
+
+
+def others_upload_too_and_training_goes_on() -> Any:
+    """The same, while exchanges are on their way."""
+    return others_upload_too("memory://overlap", overlap_steps=1)
 
 
 def gradients() -> Any:
@@ -173,7 +176,14 @@ def failure() -> Any:
     return {"error": None}
 
 
-SCENARIOS: list[Callable[[], Any]] = [as_plain_training, others_upload_too, gradients, budget, failure]
+SCENARIOS: list[Callable[[], Any]] = [
+    as_plain_training,
+    others_upload_too,
+    others_upload_too_and_training_goes_on,
+    gradients,
+    budget,
+    failure,
+]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -99,7 +99,7 @@ def test_help_of_simulate_shows_groups_settings_and_examples(
     assert ppdl("simulate", "--help") == 0
     out = capsys.readouterr().out
     assert "protocol: asynchronous, random_order, round_robin, synchronous" in out
-    assert "selection: default, largest_values, random_above_threshold, random_fraction" in out
+    assert "selection: default, error_feedback, largest_values, per_layer, " in out
     assert "privacy: none, participant, record, sparse_vector" in out
     assert "download/criterion: changed_since, most_recent, most_updated" in out
     assert "ppdl simulate experiment=digits" in out

@@ -48,8 +48,9 @@ def test_alone_it_is_plain_ddp_training_and_rank_zero_alone_speaks(ranks: list[d
     assert zero["reports_later"] == 4 and one["reports_later"] == 0
 
 
-def test_what_rank_zero_downloads_reaches_the_others(ranks: list[dict[str, Any]]) -> None:
-    zero, one = both(ranks, "others_upload_too")
+@pytest.mark.parametrize("scenario", ["others_upload_too", "others_upload_too_and_training_goes_on"])
+def test_what_rank_zero_downloads_reaches_the_others(ranks: list[dict[str, Any]], scenario: str) -> None:
+    zero, one = both(ranks, scenario)
     assert zero["members"] == 2 and zero["reports"] == 5  # of two steps, the last of one
     assert zero["uploads"] == zero["reports"] + 3
     assert zero["values"] == one["values"]

@@ -20,7 +20,7 @@ from lightning_ppdl.records import Manifest, ParameterSpec, Quantity, Receipt
 from lightning_ppdl.selection import LargestValues, RandomAboveThreshold, Selection
 from lightning_ppdl.server.core import ParameterServer
 from lightning_ppdl.server.merge import Add, ServerOptimizer
-from lightning_ppdl.server.protocol import RoundRobin
+from lightning_ppdl.server.protocol import Asynchronous, RoundRobin
 
 SIZE = 10
 _numbers = itertools.count()
@@ -70,6 +70,7 @@ def participant(
     selection: Selection | None = None,
     join: bool = True,
     on_unreachable: OnUnreachable = "wait",
+    overlap: bool = False,
 ) -> Participant:
     release = PlainRelease(selection or LargestValues(1.0), bound)
     manifest = Manifest(
@@ -86,6 +87,7 @@ def participant(
         turn_timeout_seconds=5.0,
         on_unreachable=on_unreachable,
         unreachable_seconds=7.0,
+        overlap=overlap,
     )
     if join:
         made.join()
@@ -324,6 +326,99 @@ def test_an_open_round_is_begun_anew_where_it_was_given_up_or_the_server_is_anot
         start = again.begin_round(torch.full((SIZE,), 7.0))
         assert start is not None and again.in_round and again.round == 2
         assert start.tolist() == [values] * SIZE
+
+
+def in_flight(server: ParameterServer, **settings: Any) -> Participant:
+    return participant(server, overlap=True, **settings)
+
+
+def test_the_next_round_begins_while_an_exchange_is_on_its_way() -> None:
+    server = ParameterServer(Asynchronous(), Add(), initial=np.zeros(SIZE, np.float32))
+    anna = in_flight(server)
+    local = begin(anna, torch.zeros(SIZE)) + 1
+    anna.end_round_in_flight(local)
+    assert anna.in_flight and not anna.in_round
+    anna._in_flight.courier.download()  # type: ignore[union-attr]
+    play(participant(server, "ben"), torch.zeros(SIZE), torch.full((SIZE,), 10.0))
+    assert anna.begin_round(local) is None and anna.in_round and anna.round == 2
+    local = local + 2  # the steps made meanwhile
+    report, start = anna.settle(local)
+    assert report.round == 1 and report.merged and report.uploaded_bytes > 0
+    # Downloaded: her own 1, for ben came later; and the steps since.
+    assert start is not None and start.tolist() == [3.0] * SIZE and not anna.in_flight
+    anna.end_round_in_flight(start + 4)
+    report, nothing = anna.settle(start + 4)
+    assert report.round == 2 and report.staleness == 1 and nothing is None
+    assert server.parameters().tolist() == [1 + 10 + 2 + 4] * SIZE
+
+
+def test_gradients_made_meanwhile_belong_to_the_round_that_began() -> None:
+    optimizer = ServerOptimizer(functools.partial(torch.optim.SGD, lr=1.0))
+    server = ParameterServer(Asynchronous(), optimizer, initial=np.zeros(SIZE, np.float32))
+    anna = in_flight(server, quantity="gradient")
+    local = begin(anna, torch.zeros(SIZE))
+    anna.gradients.add_(-1)
+    anna.end_round_in_flight(local)
+    assert anna.begin_round(local) is None
+    anna.gradients.add_(-2)
+    assert anna.settle(local)[1] is not None
+    anna.gradients.add_(-3)
+    anna.end_round(local)
+    assert server.parameters().tolist() == [6.0] * SIZE
+
+
+def test_a_rounded_vector_is_no_change_with_steps_made_meanwhile_either() -> None:
+    server = ParameterServer(Asynchronous(), Add(), initial=np.zeros(SIZE, np.float32))
+    anna = in_flight(server)
+    local = begin(anna, torch.zeros(SIZE)) + 0.1
+    anna.end_round_in_flight(local)
+    anna.begin_round(local)
+    _, start = anna.settle(local + 1)
+    assert start is not None
+    anna.started_from(start + 0.01)  # what a lower precision made of it
+    anna.end_round(start + 0.01)
+    np.testing.assert_allclose(server.parameters(), 0.1 + 1, rtol=1e-6)
+
+
+def test_an_exchange_in_flight_is_in_the_checkpoint_as_not_answered_yet() -> None:
+    server = ParameterServer(Asynchronous(), Add(), initial=np.zeros(SIZE, np.float32))
+    anna = in_flight(server)
+    local = begin(anna, torch.zeros(SIZE)) + 1
+    anna.end_round_in_flight(local)
+    anna.begin_round(local)
+    state = anna.state_dict()
+    assert state["unsent"] is not None and state["open"] is None and state["round"] == 1
+    anna.leave()
+    assert server.status().uploads == 1
+    again = in_flight(server, join=False)
+    again.load_state_dict(state)
+    again.join()
+    assert begin(again, local).tolist() == [1.0] * SIZE
+    assert server.status().uploads == 1 and again.round == 2
+
+
+@pytest.mark.parametrize("choice", ["wait", "local"])
+def test_a_server_that_cannot_be_reached_in_flight(choice: OnUnreachable) -> None:
+    server = ParameterServer(Asynchronous(), Add(), initial=np.zeros(SIZE, np.float32))
+    anna = in_flight(server, on_unreachable=choice)
+    local = begin(anna, torch.zeros(SIZE)) + 1
+    lossy(anna).lose = ["before"]
+    anna.end_round_in_flight(local)
+    anna.begin_round(local)
+    if choice == "wait":
+        with pytest.raises(errors.ServerUnavailableError, match="cable"):
+            anna.settle(local)
+        return
+    report, start = anna.settle(local)
+    assert not report.merged and start is None and not anna.in_round and anna.round == 1
+    # What was not answered is sent before the next round, which begins with a download.
+    assert begin(anna, local).tolist() == [1.0] * SIZE and server.status().uploads == 1
+
+
+def test_a_server_that_gives_turns_refuses_to_train_meanwhile() -> None:
+    turns = ParameterServer(RoundRobin(), Add(), initial=np.zeros(SIZE, np.float32))
+    with pytest.raises(errors.ConfigurationError, match=r"overlap_steps at 0, or serve protocol=asynch"):
+        in_flight(turns)
 
 
 @pytest.mark.parametrize(("choice", "patience"), [("wait", 7.0), ("local", 0.0), ("fail", 0.0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +14,8 @@ from lightning_ppdl.privacy.events import PrivateSteps
 from lightning_ppdl.privacy.mechanism import Mechanism, Plan
 from lightning_ppdl.privacy.noise import NoiseSource
 from lightning_ppdl.privacy.release import PlainRelease, Release, Released
+from lightning_ppdl.privacy.residual import Residual
+from lightning_ppdl.records import ParameterSpec
 from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.validation import require_count, require_fraction, require_positive
 
@@ -171,6 +174,15 @@ class PrivateStepsRelease(Release):
     @property
     def bound(self) -> float | None:  # type: ignore[override]
         return self.plain.bound
+
+    @property
+    def residual(self) -> Residual | None:
+        """Made of private steps that were paid for with the round that took them: free, like the rest."""
+        return self.plain.residual
+
+    def for_tensors(self, specs: Sequence[ParameterSpec]) -> PrivateStepsRelease:
+        # The steps stay counted in one place, for whoever holds either of the two.
+        return replace(self, plain=self.plain.for_tensors(specs))
 
     @property
     def unrecorded(self) -> int:
