@@ -23,8 +23,8 @@ check: $(STAMP)  ## lint, format, types, documentation
 docs: $(STAMP)
 	$(RUN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-benchmarks: $(STAMP)  ## print what docs/benchmarks.md quotes; takes a while
-	for script in benchmarks/*.py; do echo "== $$script"; $(RUN)/python $$script || exit 1; done
+benchmarks: $(STAMP)  ## print what docs/benchmarks.md quotes; takes a while; 77 is for parts that were skipped
+	for script in benchmarks/*.py; do echo "== $$script"; $(RUN)/python $$script || [ $$? -eq 77 ] || exit 1; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from support import paper_job, parser, print_table
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_ppdl import DSSGDStrategy
 from lightning_ppdl.backends.memory import close, serve
 from lightning_ppdl.data import ArrayDataset, Splits, loader
 from lightning_ppdl.server.core import ParameterServer
 from lightning_ppdl.server.protocol import RoundRobin
 from lightning_ppdl.simulation import Simulation
 from lightning_ppdl.simulation.quiet import quiet_lightning
-from lightning_ppdl import DSSGDStrategy
 
 TARGETS: dict[str, tuple[str, float | None]] = {
     "a Trainer": ("Trainer", 1.10),

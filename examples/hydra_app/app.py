@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import multiclass_accuracy
 
 import lightning_ppdl
 
@@ -55,8 +56,8 @@ def main(cfg: DictConfig) -> None:
 
     vector = torch.from_numpy(server.parameters())
     weight, bias = vector[:640].view(10, 64), vector[640:]
-    predicted = (images[1400:] @ weight.T + bias).argmax(1)
-    accuracy = float((predicted == labels[1400:]).float().mean())
+    logits = images[1400:] @ weight.T + bias
+    accuracy = float(multiclass_accuracy(logits, labels[1400:], num_classes=10, average="micro"))
     print(
         f"{cfg.ppdl.selection._target_}: accuracy {accuracy:.1%}, {server.status().uploaded_bytes} bytes up"
     )
