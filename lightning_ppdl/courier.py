@@ -22,6 +22,7 @@ class Courier:
     def __init__(
         self, backend: Backend, message: bytes, request: DownloadRequest, turn_timeout_seconds: float
     ) -> None:
+        self.message = message
         self._backend, self._request = backend, request
         self._turn_timeout_seconds = turn_timeout_seconds
         thread = ThreadPoolExecutor(1, thread_name_prefix="courier")

@@ -9,56 +9,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_ppdl import wire
 from lightning_ppdl.backends import Backend
 from lightning_ppdl.base import Base
-from lightning_ppdl.courier import Courier
 from lightning_ppdl.devices import to_host
-from lightning_ppdl.errors import (
-    ConfigurationError,
-    PPDLError,
-    ServerUnavailableError,
-    TurnNotHeldError,
-)
+from lightning_ppdl.errors import ConfigurationError, ServerUnavailableError
+from lightning_ppdl.exchange import Exchange
 from lightning_ppdl.outbox import Outbox
 from lightning_ppdl.privacy.account import Account
 from lightning_ppdl.privacy.release import Release
 from lightning_ppdl.randomness import torch_generator
-from lightning_ppdl.records import Manifest, Receipt, SparseUpdate, ValueType
-from lightning_ppdl.round_report import RoundReport
+from lightning_ppdl.records import Download, Manifest, SparseUpdate, ValueType
+from lightning_ppdl.round_report import RoundReport, Sent
 
 log = logging.getLogger(__name__)
 
 OnUnreachable = Literal["wait", "local", "fail"]
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """A release on its way, and the figures of its round."""
-
-    message: bytes
-    update: SparseUpdate
-    clamped_fraction: float
-    downloaded_bytes: int
-    exchange_seconds: float
-    wait_seconds: float
-
-
-@dataclass(frozen=True)
-class _InFlight:
-    """An exchange that goes on while the next round's first steps are made."""
-
-    sent: _Sent
-    courier: Courier
-    local: Tensor
-    """float32 (P,): where these steps start."""
 
 
 class Participant:
@@ -97,14 +68,17 @@ class Participant:
     ) -> None:
         self.name = name
         self.manifest = manifest
-        self._backend = backend
         self._release = release
         self._residual = release.residual
-        self._base = Base(manifest.size, download_fraction, dtype)
         self._seed = seed
-        self._turn_timeout_seconds = turn_timeout_seconds
         self.account = account
-        self._outbox = Outbox(backend, name, account)
+        self._exchange = Exchange(
+            backend,
+            name,
+            Base(manifest.size, download_fraction, dtype),
+            Outbox(backend, name, account),
+            turn_timeout_seconds,
+        )
         self._on_unreachable = on_unreachable
         self._unreachable_seconds = unreachable_seconds
         self._dtype: ValueType = dtype
@@ -115,16 +89,11 @@ class Participant:
         self._merged_ahead = 0
         self._study: str | None = None
         self._overlap = overlap
-        self._in_flight: _InFlight | None = None
+        self._sent: Sent | None = None
         self._start: Tensor | None = None
         self._progress: Tensor | None = None
         self._gradients: Tensor | None = None
         self._opened: dict[str, Any] | None = None
-        self._wait_seconds = 0.0
-        self._exchange_seconds = 0.0
-        self._downloaded_bytes = 0
-        self._renewed_at = 0.0
-        self._renew_seconds = 0.0
 
     def join(self) -> bool:
         """Join, or join again; rounds go on after the last one that the server or this side knows.
@@ -135,45 +104,44 @@ class Participant:
         Returns:
             Whether the server has no parameters yet: then call :meth:`offer_initial`.
         """
+        exchange, backend = self._exchange, self._exchange.backend
         patience = self._unreachable_seconds
         # Nothing is known yet that a round could be trained alone from.
-        self._backend.patience_seconds = 0.0 if self._on_unreachable == "fail" else patience
-        membership = self._backend.join(self.name, self.manifest)
-        self._backend.patience_seconds = patience if self._on_unreachable == "wait" else 0.0
+        backend.patience_seconds = 0.0 if self._on_unreachable == "fail" else patience
+        membership = backend.join(self.name, self.manifest)
+        backend.patience_seconds = patience if self._on_unreachable == "wait" else 0.0
+        exchange.lease_seconds = membership.lease_seconds
         if self._overlap and not membership.anytime:
             raise ConfigurationError(
-                f"overlap: {self._backend.url} gives turns, in which nobody trains while others do; leave "
+                f"overlap: {backend.url} gives turns, in which nobody trains while others do; leave "
                 f"overlap_steps at 0, or serve protocol=asynchronous"
             )
         resumed = self._resumed and membership.study == self._study
         if membership.study != self._study:
             if self._study is not None:
                 log.warning(
-                    "%s is not the server that participant %r knew: it was made anew",
-                    self._backend.url,
-                    self.name,
+                    "%s is not the server that participant %r knew: it was made anew", backend.url, self.name
                 )
             # Another server: what was downloaded from the old one is no base for anything here.
             self._study, self._opened = membership.study, None
-            self._base.forget()
-            self._outbox.unsent = None
+            exchange.base.forget()
+            exchange.outbox.unsent = None
             self._forget_residual()
         known = membership.last_round
         if self.account is not None:
             known = max(known, self.account.resume(membership.study, known))
-            self._outbox.restore()
+            exchange.outbox.restore()
         if resumed:
             self._merged_ahead = max(0, known - self.round)
             if self._merged_ahead:
                 self._forget_residual()
         else:
             self.round = max(self.round, known)
-        self._renew_seconds = membership.lease_seconds / 4
         return membership.needs_initial
 
     def listen(self, tell: Callable[[str], None]) -> None:
         """Have ``tell`` called, with words for people, whenever the server keeps this participant waiting."""
-        self._backend.tell = tell
+        self._exchange.backend.tell = tell
 
     def offer_initial(self, vector: Tensor) -> bool:
         """Offer the first shared parameters, float32 (P,): they leave as they are.
@@ -181,7 +149,7 @@ class Participant:
         Returns:
             Whether the server took them; another participant's offer may have come first.
         """
-        return self._backend.offer_initial(vector.cpu().numpy())
+        return self._exchange.backend.offer_initial(vector.cpu().numpy())
 
     def begin_round(self, local: Tensor) -> Tensor | None:
         """Wait for the turn and download.
@@ -199,53 +167,34 @@ class Participant:
             ServerUnavailableError: if the server cannot be reached, and that is not to be gone on without.
         """
         opened, self._opened = self._opened, None
-        if self._in_flight is not None:
+        if self.in_flight:
             self._open_round(local)
             return None
         if self._merged_ahead:
             self._merged_ahead -= 1
             self.round += 1
-            self._backend.tell(
+            self._exchange.backend.tell(
                 f"round {self.round} of participant {self.name!r} was shared before the restart: it is "
                 f"trained once more, alone"
             )
             return None
         try:
+            self._exchange.take_turn()
+            self._take_back_lost()
             if opened is None:
-                return self._download(local)
-            self._go_on(opened, local)
+                taken = self._exchange.download(local)
         except ServerUnavailableError as error:
-            if self._on_unreachable != "local":
-                raise
-            self._backend.tell(f"{error}; participant {self.name!r} trains this round alone")
-        return None
-
-    def _take_turn(self) -> None:
-        started = time.perf_counter()
-        self._outbox.send_again(self._turn_timeout_seconds)
-        self._take_back_lost()
-        self._backend.take_turn(self._turn_timeout_seconds)
-        self._renewed_at = time.perf_counter()
-        self._wait_seconds = self._renewed_at - started
-
-    def _go_on(self, opened: dict[str, Any], local: Tensor) -> None:
-        """With the round that was open when the checkpoint was saved: its training is in ``local``."""
-        self._take_turn()
-        self._downloaded_bytes, self._exchange_seconds = 0, 0.0
+            self._train_alone(error)
+            return None
         self._open_round(local)
+        if opened is None:
+            # A copy: local training may well happen in place.
+            return self._start_from(*taken).clone()
+        # Its training is in ``local``.
         self._start = opened["start"].to(local.device)
         if opened["gradients"] is not None:
             self._gradients = opened["gradients"].to(local.device)
-
-    def _download(self, local: Tensor) -> Tensor:
-        self._take_turn()
-        started = time.perf_counter()
-        message = self._backend.download(self._base.request())
-        self._open_round(local)
-        start = self._take_in(message, local)
-        self._exchange_seconds = time.perf_counter() - started
-        # A copy: local training may well happen in place.
-        return start.clone()
+        return None
 
     def _open_round(self, local: Tensor) -> None:
         self.round += 1
@@ -253,19 +202,23 @@ class Participant:
         self._start = self._progress = None
         self._gradients = torch.zeros_like(local) if self.manifest.quantity == "gradient" else None
 
-    def _take_in(self, message: bytes | bytearray, local: Tensor) -> Tensor:
+    def _start_from(self, vector: Tensor, download: Download) -> Tensor:
         """Where the open round starts, after this download: not to be changed."""
-        vector, download = self._base.take(message, local)
-        self._downloaded_bytes = len(message)
         if self._residual is not None and self.manifest.quantity == "change":
             vector = self._residual.start_from(vector, download)
         self._start = vector
         return vector
 
+    def _train_alone(self, error: ServerUnavailableError) -> None:
+        if self._on_unreachable != "local":
+            raise error
+        self._forget_open_round()
+        self._exchange.backend.tell(f"{error}; participant {self.name!r} trains this round alone")
+
     @property
     def in_flight(self) -> bool:
         """Whether an exchange is still on its way: :meth:`settle` is due, in this round or after the last."""
-        return self._in_flight is not None
+        return self._exchange.in_flight
 
     def settle(self, local: Tensor) -> tuple[RoundReport, Tensor | None]:
         """Wait for the exchange that is on its way, and lay what it brings under the steps made meanwhile.
@@ -281,26 +234,19 @@ class Participant:
         Raises:
             ServerUnavailableError: if the server cannot be reached, and that is not to be gone on without.
         """
-        assert self._in_flight is not None
-        flight, self._in_flight = self._in_flight, None
-        waited = time.perf_counter()
-        receipt = self._outbox.settle(flight.sent.message, flight.courier.receipt)
+        assert self._sent is not None
+        receipt, courier = self._exchange.receipt()
         self._take_back_lost()
-        report = self._report(flight.sent, receipt)
+        report = self._sent.report(receipt)
         if not self.in_round:
             return report, None
         try:
-            message = flight.courier.download()
+            taken = self._exchange.arrived(courier, self._sent.local)
         except ServerUnavailableError as error:
-            if self._on_unreachable != "local":
-                raise
-            self._forget_open_round()
-            self._backend.tell(f"{error}; participant {self.name!r} trains this round alone")
+            self._train_alone(error)
             return report, None
-        start = self._take_in(message, flight.local)
-        self._progress = local - flight.local
-        self._wait_seconds, self._exchange_seconds = 0.0, time.perf_counter() - waited
-        return report, start + self._progress
+        self._progress = local - self._sent.local
+        return report, self._start_from(*taken) + self._progress
 
     def started_from(self, local: Tensor) -> None:
         """Say what the module holds of :meth:`begin_round`'s or :meth:`settle`'s vector, if its precision is
@@ -320,17 +266,7 @@ class Participant:
 
     def keep_turn(self) -> None:
         """Give a sign of life in the middle of a round; cheap enough for every batch."""
-        now = time.perf_counter()
-        if now - self._renewed_at < self._renew_seconds or self._in_flight is not None:
-            return
-        self._renewed_at = now
-        try:
-            self._backend.renew_turn()
-        except TurnNotHeldError as error:
-            log.warning("round %d will not be merged: %s", self.round, error)
-        except ServerUnavailableError as error:
-            # One sign of life that got lost is no reason to stop; the upload will tell.
-            log.info("the turn could not be renewed: %s", error)
+        self._exchange.keep_turn(self.round)
 
     def end_round(self, local: Tensor) -> RoundReport:
         """Release this round's update and upload it.
@@ -344,19 +280,18 @@ class Participant:
         """
         started = time.perf_counter()
         sent = self._released(local)
-        receipt = self._outbox.send(sent.message)
+        receipt = self._exchange.outbox.send(sent.message)
         self._close_round(sent)
         self._take_back_lost()
-        return self._report(sent, receipt, time.perf_counter() - started)
+        return sent.report(receipt, time.perf_counter() - started)
 
     def end_round_in_flight(self, local: Tensor) -> None:
         """Likewise, but let the upload, and the next download, go on meanwhile; :meth:`settle` reports."""
-        sent = self._released(local)
-        courier = Courier(self._backend, sent.message, self._base.request(), self._turn_timeout_seconds)
-        self._in_flight = _InFlight(sent, courier, local)
-        self._close_round(sent)
+        self._sent = self._released(local)
+        self._exchange.begin_in_flight(self._sent.message)
+        self._close_round(self._sent)
 
-    def _close_round(self, sent: _Sent) -> None:
+    def _close_round(self, sent: Sent) -> None:
         self.in_round = False
         if self._residual is not None:
             exact = self._dtype == "float32"
@@ -364,46 +299,33 @@ class Participant:
                 sent.update if exact else wire.decode_update(sent.message, self.manifest.size)
             )
 
-    def _released(self, local: Tensor) -> _Sent:
+    def _released(self, local: Tensor) -> Sent:
         """Through the door, and paid for: what may be sent."""
-        assert self._start is not None and self._base.version is not None and self.in_round
+        exchange = self._exchange
+        assert self._start is not None and exchange.base.version is not None and self.in_round
         delta = local - self._start if self._gradients is None else self._gradients
         generator = torch_generator(self._seed, self.name, self.round, "selection")
         released = self._release.release(delta, generator)
         indices, values = to_host(released.indices, released.values)
-        update = SparseUpdate(self.name, self.round, self._base.version, indices, values)
+        update = SparseUpdate(self.name, self.round, exchange.base.version, indices, values)
         message = wire.encode_update(update, self.manifest.size, self._dtype)
         if self.account is not None:
             self.account.pay(self.round, released.event, len(indices), message)
             self._release.paid()
-        return _Sent(
+        return Sent(
             message,
             update,
+            self.manifest.size,
             released.clamped_fraction,
-            self._downloaded_bytes,
-            self._exchange_seconds,
-            self._wait_seconds,
-        )
-
-    def _report(self, sent: _Sent, receipt: Receipt | None, seconds: float = 0.0) -> RoundReport:
-        update = sent.update
-        return RoundReport(
-            round=update.round,
-            merged=receipt is not None,
-            uploaded_bytes=len(sent.message),
-            downloaded_bytes=sent.downloaded_bytes,
-            released_values=len(update.indices),
-            uploaded_fraction=len(update.indices) / self.manifest.size,
-            clamped_fraction=sent.clamped_fraction,
-            staleness=0 if receipt is None else receipt.staleness,
-            update_norm=float(np.linalg.norm(update.values)),
-            exchange_seconds=sent.exchange_seconds + seconds,
-            wait_seconds=sent.wait_seconds,
+            exchange.downloaded_bytes,
+            exchange.seconds,
+            exchange.wait_seconds,
+            local,
         )
 
     def _take_back_lost(self) -> None:
         """Where a residual is kept, an update that was not merged is due again."""
-        lost = self._outbox.take_lost()
+        lost = self._exchange.outbox.take_lost()
         if lost is not None and self._residual is not None:
             self._residual.give_back(wire.decode_update(lost, self.manifest.size), self.manifest.size)
 
@@ -414,7 +336,7 @@ class Participant:
                 "participant %r drops what it had not sent of earlier updates: %s has later rounds of it "
                 "than its checkpoint, or is another server",
                 self.name,
-                self._backend.url,
+                self._exchange.backend.url,
             )
             self._residual.values = None
 
@@ -422,7 +344,7 @@ class Participant:
         """Give the turn back without uploading; the round's number is used again."""
         if self.in_round:
             self._forget_open_round()
-            self._backend.end_turn()
+            self._exchange.backend.end_turn()
 
     def _forget_open_round(self) -> None:
         if self.in_round:
@@ -438,20 +360,17 @@ class Participant:
         """Leave the collaboration; :meth:`join` comes back to it."""
         self._forget_open_round()
         try:
-            if self._in_flight is not None:
-                flight, self._in_flight = self._in_flight, None
-                try:
-                    self._outbox.settle(flight.sent.message, flight.courier.receipt)
-                except PPDLError as error:
-                    log.warning("participant %r: the last update was refused: %s", self.name, error)
             if self.account is not None and (event := self._release.unpaid()) is not None:
                 self.account.pay(self.round, event, 0, None)
                 self._release.paid()
         finally:
-            # A ledger that cannot be written must not keep the others waiting for this one's turn.
-            if self.account is not None:
-                self.account.close()
-            self._backend.leave()
+            # A ledger that cannot be written must not keep the others waiting for this one's turn; and what
+            # is still on its way has to be entered before the ledger is closed.
+            try:
+                self._exchange.leave()
+            finally:
+                if self.account is not None:
+                    self.account.close()
 
     def state_dict(self, open_round: bool = True) -> dict[str, Any]:
         """Tensors and primitives from which :meth:`load_state_dict` continues.
@@ -460,18 +379,12 @@ class Participant:
             open_round: Whether a round that is open goes on then, with the parameters of the same checkpoint;
                 else it is begun anew.
         """
-        unsent = None
-        if self.account is None:  # else its ledger keeps it
-            # Sent once more, if it did arrive, it is answered as it was then.
-            unsent = self._outbox.unsent if self._in_flight is None else self._in_flight.sent.message
+        goes_on = open_round and self.in_round and not self.in_flight
         return {
             "study": self._study,
             "round": self.round - self.in_round,
-            "open": {"start": self._start, "gradients": self._gradients}
-            if open_round and self.in_round and self._in_flight is None
-            else None,
-            "unsent": None if unsent is None else torch.frombuffer(bytearray(unsent), dtype=torch.uint8),
-            **self._base.state_dict(),
+            "open": {"start": self._start, "gradients": self._gradients} if goes_on else None,
+            **self._exchange.state_dict(),
             "release": None if self._residual is None else self._residual.values,
             # Not for this participant's own sake: so that another copy of the ledger learns of them.
             "ledger": [] if self.account is None else self.account.to_primitives(),
@@ -479,7 +392,7 @@ class Participant:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._study, self.round = state["study"], state["round"]
-        self._base.load_state_dict(state)
+        self._exchange.load_state_dict(state)
         self._opened = state.get("open")
         self._resumed = True
         residual = state.get("release")
@@ -487,7 +400,5 @@ class Participant:
             self._residual.restore(residual, self.manifest.size)
         elif residual is not None:
             log.warning("participant %r drops what its checkpoint kept for error feedback", self.name)
-        if (unsent := state.get("unsent")) is not None:
-            self._outbox.unsent = unsent.numpy().tobytes()
         if self.account is not None:
             self.account.merge_primitives(state["ledger"])

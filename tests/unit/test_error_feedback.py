@@ -232,7 +232,7 @@ def server() -> ParameterServer:
 
 
 def fail(member: Participant, *failures: Exception, after: bool = False) -> None:
-    backend = member._backend
+    backend = member._exchange.backend
     assert isinstance(backend, LossyBackend)
     backend.failures, backend.after = list(failures), after
 

@@ -95,7 +95,7 @@ def participant(
 
 
 def lossy(member: Participant) -> LossyBackend:
-    backend = member._backend
+    backend = member._exchange.backend
     assert isinstance(backend, LossyBackend)
     return backend
 
@@ -338,7 +338,7 @@ def test_the_next_round_begins_while_an_exchange_is_on_its_way() -> None:
     local = begin(anna, torch.zeros(SIZE)) + 1
     anna.end_round_in_flight(local)
     assert anna.in_flight and not anna.in_round
-    anna._in_flight.courier.download()  # type: ignore[union-attr]
+    anna._exchange._courier.download()  # type: ignore[union-attr]
     play(participant(server, "ben"), torch.zeros(SIZE), torch.full((SIZE,), 10.0))
     assert anna.begin_round(local) is None and anna.in_round and anna.round == 2
     local = local + 2  # the steps made meanwhile
