@@ -15,8 +15,8 @@ from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.privacy.record.capture import Capture
 from lightning_ppdl.privacy.record.checks import Trial, check_layers, check_loss
 
-X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-Y = torch.arange(8) % 3
+X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(24) % 3
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,16 @@ def test_also_with_dropout_and_other_random_numbers() -> None:
     assert check(network(nn.Dropout(0.5)), F.cross_entropy) == "mean"
     assert check(network(nn.Dropout(0.5)), lambda z, y: F.cross_entropy(z, y, reduction="sum")) == "sum"
     assert check(network(), noisy) == "mean"
+
+
+def test_also_where_a_pair_draws_other_dropout_than_the_batch() -> None:
+    """Two layers of it: the second draws on after as many numbers as the batch has rows."""
+    accepted = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layers = nn.Dropout(0.5), nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.5)
+        accepted += check(network(*layers), F.cross_entropy, len(X)) == "mean"
+    assert accepted == 10
 
 
 def test_a_scale_that_is_neither_is_refused() -> None:
