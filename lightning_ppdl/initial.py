@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.layout import ParameterLayout
 from lightning_ppdl.tensorfile import read_vector
+
+log = logging.getLogger(__name__)
 
 Initial = int | str | Path
 
@@ -60,7 +63,8 @@ def public_initial(module: nn.Module, layout: ParameterLayout, seed: int) -> Ten
     Raises:
         ConfigurationError: if a shared tensor is not set by its layer's ``reset_parameters()``.
     """
-    device = layout.flatten().device
+    own = layout.flatten()
+    device = own.device
     # Drawn on the CPU wherever the module is: other devices draw other values from the same seed.
     module.cpu()
     before = {name: (tensor, tensor.detach().clone()) for name, tensor in _tensors(module)}
@@ -81,6 +85,15 @@ def public_initial(module: nn.Module, layout: ParameterLayout, seed: int) -> Ten
             f"initial={seed!r} (a public seed) cannot set {missed[0]!r}{others}: no reset_parameters() does. "
             f"Add one to its layer, give initial='FILE.safetensors' with public values, or give "
             f"initial='own' to start from this module's values (they leave this machine un-noised)"
+        )
+    own_zero = {spec.name for spec in layout.specs} - set(layout.names_where(own != 0))
+    if undone := [name for name in layout.names_where(vector != 0) if name in own_zero]:
+        log.warning(
+            "initial=%r (a public seed) gives %s%s random values, where this module has zeros: if these are on "
+            "purpose, as an adapter's are, give initial='own', or a file with the module's values",
+            seed,
+            repr(undone[0]),
+            f" and {len(undone) - 1} more tensors" if len(undone) > 1 else "",
         )
     return vector
 

@@ -302,6 +302,16 @@ def test_a_reset_that_replaces_its_parameter_is_undone() -> None:
     torch.testing.assert_close(module.weight.detach(), values)
 
 
+def test_zeros_on_purpose_that_a_public_seed_would_undo_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False), nn.LayerNorm(2))
+    public_initial(module, ParameterLayout(module), 5)
+    assert not caplog.records  # a norm's bias is zero, and stays zero
+    nn.init.zeros_(module[1].weight)  # type: ignore[arg-type]
+    public_initial(module, ParameterLayout(module), 5)
+    assert "initial=5" in caplog.text and "'1.weight' random values" in caplog.text
+    assert torch.count_nonzero(module[1].weight) == 0  # type: ignore[arg-type]
+
+
 def test_a_public_seed_gives_the_same_in_every_thread_and_leaves_the_global_generator() -> None:
     def draw(_: int) -> torch.Tensor:
         module = nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40), nn.Linear(40, 3))
