@@ -89,8 +89,8 @@ def public_initial(module: nn.Module, layout: ParameterLayout, seed: int) -> Ten
     own_zero = {spec.name for spec in layout.specs} - set(layout.names_where(own != 0))
     if undone := [name for name in layout.names_where(vector != 0) if name in own_zero]:
         log.warning(
-            "initial=%r (a public seed) gives %s%s random values, where this module has zeros: if these are on "
-            "purpose, as an adapter's are, give initial='own', or a file with the module's values",
+            "initial=%r (a public seed) gives %s%s random values, where this module has zeros: if these are "
+            "on purpose, as an adapter's are, give initial='own', or a file with the module's values",
             seed,
             repr(undone[0]),
             f" and {len(undone) - 1} more tensors" if len(undone) > 1 else "",

@@ -19,11 +19,11 @@ from torch import nn
 
 from lightning_ppdl.data import ArrayDataset, DataSource, Splits, loader
 from lightning_ppdl.errors import ConfigurationError, PPDLError
+from lightning_ppdl.evaluation import Evaluator
 from lightning_ppdl.models import Classifier, OptimizerFactory
 from lightning_ppdl.partition import Partition
 from lightning_ppdl.pytorch_lightning import DSSGDDDPStrategy, DSSGDStrategy
 from lightning_ppdl.randomness import derive_seed, torch_generator
-from lightning_ppdl.simulation.evaluation import Evaluator
 from lightning_ppdl.validation import require_count
 
 CHECKPOINT = "last.ckpt"

@@ -188,7 +188,7 @@ def _explain(name: str, error: BaseException, arguments: Sequence[str]) -> str:
         given = next((a for a in arguments if a.lstrip("+~").partition("=")[0] == key), key)
         if key.startswith(_OPEN):
             # Only now: it brings Lightning, which most commands do without.
-            from lightning_ppdl.simulation.settings import trainer_argument_problem
+            from lightning_ppdl.trainer_arguments import trainer_argument_problem
 
             argument, _, value = given.partition("=")
             parsed = OmegaConf.from_dotlist([f"value={value}"]).value

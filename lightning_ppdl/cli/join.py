@@ -33,7 +33,7 @@ def _task(cfg: DictConfig) -> None:
             f"participant={cfg.participant!r} cannot be part of a file's name: give a directory and a ledger"
         )
     from lightning_ppdl.participation import Participation, device_count
-    from lightning_ppdl.simulation.settings import trainer_argument_problem
+    from lightning_ppdl.trainer_arguments import trainer_argument_problem
 
     trainer: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     for name, value in trainer.items():

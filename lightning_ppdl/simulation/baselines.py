@@ -11,10 +11,10 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_ppdl.data import ArrayDataset, Splits, loader
+from lightning_ppdl.evaluation import Evaluator
 from lightning_ppdl.models import Classifier
 from lightning_ppdl.randomness import derive_seed, torch_generator
 from lightning_ppdl.simulation.collaboration import participant_name
-from lightning_ppdl.simulation.evaluation import Evaluator
 from lightning_ppdl.simulation.results import Curve, Progress
 from lightning_ppdl.simulation.settings import Simulation
 

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_ppdl.data import ArrayDataset, Splits, loader
+from lightning_ppdl.evaluation import Evaluator
 from lightning_ppdl.layout import ParameterLayout
 from lightning_ppdl.models import Classifier
 from lightning_ppdl.privacy.accounting import in_parallel, per_parameter_epsilon, total
@@ -20,7 +21,6 @@ from lightning_ppdl.randomness import derive_seed, numpy_generator, torch_genera
 from lightning_ppdl.records import Receipt
 from lightning_ppdl.selection import LargestValues
 from lightning_ppdl.server.core import ParameterServer
-from lightning_ppdl.simulation.evaluation import Evaluator
 from lightning_ppdl.simulation.link import SimulatedLink
 from lightning_ppdl.simulation.results import PrivacySummary, Progress, RoundRow
 from lightning_ppdl.simulation.scheduler import Scheduler

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from lightning_ppdl.errors import ConfigurationError
+from lightning_ppdl.evaluation import Evaluator
 from lightning_ppdl.randomness import derive_seed
 from lightning_ppdl.simulation.baselines import run_centralized, run_standalone
 from lightning_ppdl.simulation.collaboration import Collaboration
-from lightning_ppdl.simulation.evaluation import Evaluator
 from lightning_ppdl.simulation.quiet import quiet_lightning
 from lightning_ppdl.simulation.results import Progress, SimulationResults
 from lightning_ppdl.simulation.settings import Simulation

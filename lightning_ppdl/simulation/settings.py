@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +24,7 @@ from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.server.download import DownloadCriterion, MostUpdated
 from lightning_ppdl.server.merge import MergeRule
 from lightning_ppdl.server.protocol import ExchangeProtocol, RoundRobin
+from lightning_ppdl.trainer_arguments import trainer_argument_problem
 from lightning_ppdl.validation import require_count, require_fraction, require_round_length
 
 BASELINES = ("standalone", "centralized")
@@ -39,15 +38,6 @@ _QUIET_TRAINER: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
-}
-_DECIDED_BY = {
-    "max_epochs": "rounds",
-    "min_epochs": "rounds",
-    "max_steps": "rounds and round_length",
-    "min_steps": "rounds and round_length",
-    "max_time": "rounds",
-    "strategy": "the simulation",
-    "callbacks": "the simulation",
 }
 
 
@@ -178,15 +168,3 @@ class Simulation:
             if isinstance(error, PPDLError):
                 raise
             raise ConfigurationError(f"trainer: {error}") from error
-
-
-def trainer_argument_problem(name: str, value: Any) -> str | None:
-    """Why ``Trainer(name=value)`` cannot be asked for in a simulation; None if it can."""
-    if name in _DECIDED_BY:
-        return f"trainer.{name}={value!r} cannot be set: {_DECIDED_BY[name]} decides it"
-    taken = inspect.signature(pl.Trainer.__init__).parameters
-    if name in taken:
-        return None
-    close = difflib.get_close_matches(name, taken, n=1)
-    hint = f"did you mean trainer.{close[0]}?" if close else "see Lightning's documentation for those it has"
-    return f"trainer.{name}={value!r}: Lightning's Trainer has no such argument; {hint}"

@@ -20,7 +20,7 @@ from lightning_ppdl.server.protocol import Asynchronous, ExchangeProtocol, Rando
 from lightning_ppdl.server.security import Security
 from lightning_ppdl.server.service import GrpcService
 from lightning_ppdl.server.state import StateDirectory
-from lightning_ppdl.simulation.evaluation import Evaluator
+from lightning_ppdl.evaluation import Evaluator
 
 MNIST = Path(__file__).resolve().parents[3] / "shared/data/mnist"
 SMALL = ["participants=2", "optimizer.lr=0.2", "partition.samples=400", "model.hidden=[16]"]

@@ -137,7 +137,14 @@ def test_not_even_through_others() -> None:
 
 def test_few_rooms_know_lightning() -> None:
     allowed = rooms(
-        "plugin", "pytorch_lightning", "lightning", "models", "simulation", "participation", "cli"
+        "plugin",
+        "pytorch_lightning",
+        "lightning",
+        "models",
+        "simulation",
+        "participation",
+        "trainer_arguments",
+        "cli",
     )
     knowing = {module for module in MODULES if third_party(module) & LIGHTNING}
     assert {module for module in knowing if not within(module, *allowed)} == set()
