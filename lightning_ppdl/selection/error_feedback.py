@@ -48,7 +48,8 @@ class ErrorFeedback(Selection):
     Args:
         selection: What chooses from the sum; any but another error feedback.
         ahead: lambda, in [0, 1]: how far ahead local training starts; 0 is the classic form. The default was
-            chosen on images that no participant held, see benchmarks/error_feedback.py.
+            chosen on images that no participant held (benchmarks/error_feedback.py), where participants take
+            turns; under the synchronous protocol, where the mean of many updates is merged, 0 does better.
 
     ====================  ========================================================================
     zero update           entries are chosen from the residual alone
