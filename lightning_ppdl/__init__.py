@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lightning_ppdl.backends import Backend as Backend
     from lightning_ppdl.backends import connect as connect
-    from lightning_ppdl.backends.grpc import Credentials as Credentials
+    from lightning_ppdl.backends.credentials import Credentials as Credentials
     from lightning_ppdl.backends.grpc import GrpcBackend as GrpcBackend
     from lightning_ppdl.backends.memory import close as close
     from lightning_ppdl.backends.memory import serve as serve
@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 # application of the environment to find our configuration groups.
 _HOMES = {
     "backends": ("Backend", "connect"),
-    "backends.grpc": ("Credentials", "GrpcBackend"),
+    "backends.credentials": ("Credentials",),
+    "backends.grpc": ("GrpcBackend",),
     "backends.memory": ("close", "serve"),
     "errors": ("ConfigurationError", "PPDLError"),
     "metrics": ("CommunicationCost",),

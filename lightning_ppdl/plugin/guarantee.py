@@ -28,6 +28,12 @@ def check_trainer(trainer: pl.Trainer, account: Account) -> None:
         ConfigurationError: naming the setting, with the reason and the remedy.
     """
     privacy = account.mechanism
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            f"fast_dev_run={trainer.fast_dev_run!r} beside privacy={privacy.name!r}: what the few batches "  # type: ignore[attr-defined]
+            f"release would be charged to the data set's ledger, and noise be calibrated to them; leave out "
+            f"privacy, at a server for trials"
+        )
     if not privacy.public_validation and callbacks_of(trainer, "EarlyStopping"):
         raise ConfigurationError(
             "EarlyStopping decides by a metric without noise how much is released; leave it out, or "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -14,8 +13,9 @@ from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.layout import ParameterLayout
 from lightning_ppdl.participant import Participant
 from lightning_ppdl.plugin import generators
+from lightning_ppdl.plugin.display import show, tell
 from lightning_ppdl.plugin.guarantee import check_history, check_trainer, remember_noiseless
-from lightning_ppdl.plugin.packages import mismatch, package_name, package_of
+from lightning_ppdl.plugin.packages import callbacks_of, mismatch, package_name, package_of
 from lightning_ppdl.plugin.ranks import Ranks
 from lightning_ppdl.plugin.seat import Seat, Told
 from lightning_ppdl.plugin.settings import Settings
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import Callback as _Callback
 else:
     _Callback = object
-
-log = logging.getLogger(__name__)
-
-_ON_PROGRESS_BAR = ("ppdl/round", "ppdl/uploaded_bytes", "ppdl/staleness", "ppdl/alone", "ppdl/epsilon")
 
 
 @runtime_checkable
@@ -53,7 +49,8 @@ class Rounds(_Callback):
     """When rounds begin and end; see :class:`~lightning_ppdl.DSSGDCallback`.
 
     All ranks run it alike. What only rank zero may do stands in :class:`Seat`, and is reached through
-    :meth:`Ranks.zero`, which all ranks call.
+    :meth:`Ranks.zero`, which all ranks call. It stands behind other callbacks; what must not come after
+    them is called by :class:`~lightning_ppdl.plugin.round_ends.RoundEnds`.
     """
 
     def __init__(self) -> None:
@@ -74,6 +71,8 @@ class Rounds(_Callback):
         self._in_flight = False
         self._noiseless = False
         self._resumed = False
+        self._stage = ""
+        self._kept: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, CollaboratingStrategy):
@@ -85,6 +84,7 @@ class Rounds(_Callback):
             raise ConfigurationError(f"callbacks={[self]!r}: {mismatch(self)}")
         self._strategy = trainer.strategy
         self._trainer = trainer
+        self._stage = stage
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not later: the train loader draws from them before training starts. Other ranks have streams of
@@ -120,7 +120,7 @@ class Rounds(_Callback):
     def _enter(self, trainer: pl.Trainer, module: pl.LightningModule, layout: ParameterLayout) -> Told:
         participant = self._strategy.enrol(layout)
         self._seat = seat = Seat(participant, layout, self._strategy.settings, self.reports)
-        participant.listen(partial(_tell, trainer))
+        participant.listen(partial(tell, trainer))
         if self._state is not None:
             seat.load_state_dict(self._state)
         account = participant.account
@@ -134,6 +134,8 @@ class Rounds(_Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if _only_averages(trainer):
+            return
         if self._open and self._in_flight:
             if self._steps(trainer) >= self._strategy.settings.overlap_steps:
                 self._settle(trainer)
@@ -168,14 +170,8 @@ class Rounds(_Callback):
             factor = 1 / scaler.get_scale()  # fused optimizers take it off in their step: here it is still on
         self._seat.add_gradients(parameters, factor)
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def end_of_batch(self, trainer: pl.Trainer) -> None:
+        """Ends the round, if this was its last batch."""
         if not self._open:
             return
         self._batches += 1
@@ -192,20 +188,32 @@ class Rounds(_Callback):
         if self._seat is not None:
             self._seat.keep_turn()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Only an epoch cut short (max_steps, a timer, a batch-start hook returning -1) gets here
-        # with its round open.
-        if self._open and self._strategy.settings.round_length == "epoch":
+    def end_of_epoch(self, trainer: pl.Trainer) -> None:
+        """Ends a round that the epoch did not: one that was cut short (max_steps, a timer, a batch-start hook
+        returning -1), or one of n steps where nothing is trained from here on."""
+        if self._open and (
+            self._strategy.settings.round_length == "epoch" or _only_averages(trainer, from_next_epoch=True)
+        ):
             self._end_round(trainer, on_step=False)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Training that stops in the middle of a round of n steps still shares what it did.
+    def end_of_training(self, trainer: pl.Trainer) -> None:
+        """Training that stops in the middle of a round of n steps still shares what it did."""
         if self._open:
             self._end_round(trainer, on_step=None)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._in_flight:
             self._settle(trainer)
         if self._seat is not None and (account := self._seat.account) is not None:
             rank_zero_info(f"the ledger of participant {account.participant!r}: {account.spent()}")
+
+    def leave_early(self) -> None:
+        """Leave after an error; a checkpoint that is saved yet has the open round all the same."""
+        try:
+            kept = self.state_dict()
+        finally:
+            self.leave()
+        self._kept = kept
 
     def _end_round(self, trainer: pl.Trainer, on_step: bool | None) -> None:
         ranks, _ = self._joined()
@@ -219,7 +227,7 @@ class Rounds(_Callback):
         logged = bool(trainer.loggers) or trainer.progress_bar_callback is not None
         told = ranks.zero(lambda: self._require_seat().finish(logged))
         self._in_flight = told.in_flight
-        self._log(trainer, told, on_step)
+        show(trainer, told.metrics, on_step, to_loggers=ranks.is_zero)
         if told.ends is not None:
             self._spend_no_more(trainer, told.ends)
 
@@ -229,34 +237,13 @@ class Rounds(_Callback):
         self._in_flight = False
         told = ranks.zero(lambda: self._require_seat().settle())
         self._follow(told)
-        self._log(trainer, told, on_step=None)
+        show(trainer, told.metrics, None, to_loggers=ranks.is_zero)
 
     def _follow(self, told: Told) -> None:
         """Take over what rank zero was told to begin with."""
         ranks, layout = self._joined()
         if told.assigned and ranks.several:
             layout.assign(ranks.share(layout.flatten()))
-
-    def _log(self, trainer: pl.Trainer, told: Told, on_step: bool | None) -> None:
-        ranks, _ = self._joined()
-        if not told.metrics:
-            return
-        # Lightning drops on-step metrics of steps that log_every_n_steps passes over, and a round may
-        # well end on such a step; so the loggers are written to directly.
-        for logger in trainer.loggers if ranks.is_zero else ():
-            logger.log_metrics(dict(told.metrics), step=trainer.global_step)
-        # A self.log costs more than a training step of a small model; it is for eyes on the bar.
-        if on_step is not None and trainer.progress_bar_callback is not None:
-            for key in _ON_PROGRESS_BAR:
-                if key in told.metrics:
-                    trainer.lightning_module.log(
-                        key,
-                        told.metrics[key],
-                        prog_bar=True,
-                        logger=False,
-                        on_step=on_step,
-                        on_epoch=not on_step,
-                    )
 
     def _spend_no_more(self, trainer: pl.Trainer, how: Exhausted) -> None:
         """The budget is spent: end training, or let it go on without exchanges and without noise."""
@@ -273,12 +260,14 @@ class Rounds(_Callback):
             seat, self._seat = self._seat, None
             self._state = seat.state_dict(open_round=False)
             seat.leave()
-        self._reopened = None
+        self._reopened = self._kept = None
         if self._ranks is not None:
             self._ranks.close()
         self._layout = self._ranks = None
 
     def state_dict(self) -> dict[str, Any]:
+        if self._kept is not None:
+            return self._kept
         seat, trainer = self._seat, self._trainer
         state: dict[str, Any] = {
             "noiseless": self._noiseless,
@@ -288,11 +277,14 @@ class Rounds(_Callback):
             return state
         if self._open and seat is not None and seat.in_round:
             state["open"] = {"batches": self._batches, "steps": self._steps(trainer)}
-        loaders = package_of(trainer).utilities.CombinedLoader(trainer.train_dataloader or []).flattened
+        train = trainer.train_dataloader
+        loaders = [] if train is None else package_of(trainer).utilities.CombinedLoader(train).flattened
         state["generators"] = generators.generators_state(trainer.strategy.root_device, loaders)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stage != "fit":
+            return  # validating a checkpoint does not make this participant the one that it was then
         self._state, self._noiseless = state_dict["participant"], state_dict["noiseless"]
         self._reopened, self._generators = state_dict.get("open"), state_dict.get("generators")
         self._resumed = True
@@ -322,12 +314,11 @@ class Rounds(_Callback):
         return self._seat
 
 
-def _tell(trainer: pl.Trainer, line: str) -> None:
-    """A line for the user, above the progress bar where there is one."""
-    if trainer.progress_bar_callback is not None:
-        trainer.progress_bar_callback.print(line)
-    else:
-        log.warning("%s", line)
+def _only_averages(trainer: pl.Trainer, from_next_epoch: bool = False) -> bool:
+    """Whether this epoch trains nothing: after the last one StochasticWeightAveraging passes over the data
+    once more, with averaged parameters, to refresh what batch norms keep."""
+    epoch = trainer.current_epoch + from_next_epoch
+    return any(epoch > average.swa_end for average in callbacks_of(trainer, "StochasticWeightAveraging"))
 
 
 def _overflowed(parameters: list[torch.nn.Parameter]) -> bool:

@@ -22,6 +22,7 @@ from lightning_ppdl.participant import OnUnreachable, Participant
 from lightning_ppdl.plugin.packages import mismatch
 from lightning_ppdl.plugin.private_training import PrivateTraining
 from lightning_ppdl.plugin.ranks import Ranks
+from lightning_ppdl.plugin.round_ends import RoundEnds
 from lightning_ppdl.plugin.rounds import Rounds
 from lightning_ppdl.plugin.settings import Settings
 from lightning_ppdl.privacy.ledger import Ledger
@@ -53,6 +54,7 @@ class Collaboration(_Strategy):  # type: ignore[misc]
     """
 
     callback_class: ClassVar[type[Rounds]]
+    ends_class: ClassVar[type[RoundEnds]]
     private_class: ClassVar[type[PrivateTraining]]
 
     def __init__(
@@ -147,7 +149,9 @@ class Collaboration(_Strategy):  # type: ignore[misc]
         """What this fit() is going to do, from the Trainer; all of it is public."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        steps = trainer.estimated_stepping_batches
+        steps: float = trainer.estimated_stepping_batches
+        if steps < 0:
+            steps = math.inf  # Lightning's word for no max_steps, where the loader has no length
         # max_steps may end training well before max_epochs does.
         batches_an_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
         length = math.ceil(batches_an_epoch) if math.isfinite(batches_an_epoch) else math.inf
@@ -155,7 +159,7 @@ class Collaboration(_Strategy):  # type: ignore[misc]
         rounds: float = steps / (length if round_length == "epoch" else round_length)
         if round_length == "epoch" and length == math.inf:
             epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-            rounds = epochs if epochs >= 0 else math.inf
+            rounds = min(epochs if epochs >= 0 else math.inf, steps)  # an epoch has one step at least
         batches = self._private if self._private is not None else trainer.train_dataloader
         dataset = getattr(trainer.train_dataloader, "dataset", None)
         return Plan(
@@ -177,7 +181,11 @@ class Collaboration(_Strategy):  # type: ignore[misc]
             callbacks.append(self._callback)
         else:
             self._callback = attached[0]
-        if self._private is not None and self._private not in callbacks:
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, RoundEnds)]
+        callbacks.insert(0, self.ends_class(self._callback))
+        if self._private is not None:
+            if self._private in callbacks:
+                callbacks.remove(self._private)
             # First of all, so that nobody is sent, or handed, a gradient without noise.
             callbacks.insert(0, self._private)
 
@@ -208,6 +216,8 @@ class Collaboration(_Strategy):  # type: ignore[misc]
     def on_train_end(self) -> None:
         super().on_train_end()
         assert self.lightning_module is not None
+        if self._callback not in self.lightning_module.trainer.callbacks:
+            return  # a Tuner's trial, whose schedulers were made for its own learning rates and length
         self._fitted = _Fitted(weakref.ref(self.lightning_module), _identities(self.lightning_module))
 
     def teardown(self) -> None:
