@@ -90,6 +90,9 @@ def build(config: DictConfig, key: str) -> Any:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
+        # Of an object within the node Hydra says which, at the end of its own message.
+        if inner := re.search(r"\nfull_key: (\S+)$", str(error)):
+            key = inner[1]
         if isinstance(cause, PPDLError):
             said = str(cause)
             raise ConfigurationError(said if said.startswith(f"{key}.") else f"{key}.{said}") from error
@@ -195,7 +198,7 @@ def _explain(name: str, error: BaseException, arguments: Sequence[str]) -> str:
             return trainer_argument_problem(argument.removeprefix(_OPEN), parsed) or (
                 f"{given}: write +{given} to pass a Trainer argument that is not among the settings"
             )
-        close = difflib.get_close_matches(key, _known_keys(name), n=1, cutoff=0.6)
+        close = difflib.get_close_matches(key, _known_keys(name, arguments), n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else "--cfg job shows all of them"
         return f"{given}: there is no setting {key!r}; {hint}"
     parts = [message]
@@ -210,14 +213,17 @@ def _explain(name: str, error: BaseException, arguments: Sequence[str]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _known_keys(name: str) -> list[str]:
-    """The keys of the configuration without the user's overrides."""
+def _known_keys(name: str, arguments: Sequence[str]) -> list[str]:
+    """The keys of the configuration, with the options that the user chose and without other overrides."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
     with initialize_config_module("lightning_ppdl.conf.ppdl", version_base="1.3"):
-        config = compose(name)
+        try:
+            config = compose(name, [argument for argument in arguments if re.match(r"[\w/]+=\w+$", argument)])
+        except HydraException:
+            config = compose(name)
     return [*_leaves(OmegaConf.to_container(config), "")]
 
 

@@ -67,6 +67,11 @@ CONF = Path(lightning_ppdl.__file__).parent / "conf" / "ppdl"
         (["quantity=weights"], ["quantity='weights'", "'change' or 'gradient'"]),
         (["quantity=gradient"], ["quantity='gradient'", "merge=optimizer"]),
         (["quantity=gradient", "merge=add"], ["quantity='gradient'", "merge=optimizer"]),
+        (
+            ["selection=error_feedback", "selection.fraction=0.1"],
+            ["'selection.fraction'", "did you mean selection.selection"],
+        ),
+        (["selection=error_feedback", "selection.selection.fraction=7"], ["selection.selection.fraction=7"]),
         (["trainer.foo=1"], ["trainer.foo=1"]),
         (["trainer.devices=2"], ["trainer.devices=2", "ppdl join"]),
         (["+trainer.foo=1"], ["trainer.foo=1", "Trainer"]),
