@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-from urllib.parse import parse_qsl
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from lightning_ppdl.backends.base import Backend, split_url
+from lightning_ppdl.backends.channel import Channel, NoAnswer
+from lightning_ppdl.backends.credentials import Credentials, from_query
 from lightning_ppdl.errors import (
     ConfigurationError,
     JoinRefusedError,
     PPDLError,
     ServerClosedError,
-    ServerFailedError,
     TurnTimeoutError,
 )
 from lightning_ppdl.records import (
@@ -29,14 +27,9 @@ from lightning_ppdl.records import (
 )
 from lightning_ppdl.rpc import failures, messages
 from lightning_ppdl.rpc import parameter_server_pb2 as pb
-from lightning_ppdl.wire import max_message_bytes, update_header
+from lightning_ppdl.wire import update_header
 
-try:
-    import grpc
-except ImportError as error:
-    raise ConfigurationError(
-        "grpc:// addresses need further packages: pip install 'lightning_ppdl[network]'"
-    ) from error
+__all__ = ["Credentials", "GrpcBackend"]
 
 T = TypeVar("T")
 
@@ -46,87 +39,7 @@ _SHORT_SECONDS = 15.0
 _SECONDS_PER_MEGABYTE = 1.0
 """And for each megabyte: a link slower than this is as good as down."""
 _ONE_TURN_REQUEST_SECONDS = 20.0
-_OPTIONS = (
-    ("grpc.max_receive_message_length", 2 * messages.PART_BYTES),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # What travels is compressed already; a server must not send what becomes larger here.
-    ("grpc.compression_enabled_algorithms_bitset", 1),
-)
 _MOST_REQUEST_BYTES = 2 * messages.PART_BYTES
-_MOST_EXPORTED = 4_000_000_000
-"""Entries that an export may have: 16 gigabytes."""
-
-
-@dataclass(frozen=True)
-class Credentials:
-    """How a participant knows its server, and proves itself to it. All are paths.
-
-    Args:
-        ca: PEM file of the authority that signed the server's certificate; None for those that gRPC trusts.
-        certificate, key: PEM files of this participant, for a server that asks for a certificate.
-        token_file: Holds this participant's token.
-        allow_plaintext_token: Send the token over ``grpc://`` to another machine: only where something else
-            encrypts the way.
-    """
-
-    ca: str | Path | None = None
-    certificate: str | Path | None = None
-    key: str | Path | None = None
-    token_file: str | Path | None = None
-    allow_plaintext_token: bool = False
-
-    def require_fitting(self, url: str, encrypted: bool) -> None:
-        """Raise ConfigurationError for files that the connection to ``url`` would not, or could not, use."""
-        if (self.certificate is None) != (self.key is None):
-            raise ConfigurationError(
-                f"certificate={_shown(self.certificate)} and key={_shown(self.key)}: to prove itself with "
-                f"TLS, a participant needs both"
-            )
-        for name in ("ca", "certificate"):
-            if getattr(self, name) is not None and not encrypted:
-                raise ConfigurationError(
-                    f"{name}={_shown(getattr(self, name))} with server={url!r}: this address is not "
-                    f"encrypted, and nobody proves anything with it; use grpcs://"
-                )
-
-    def token(self) -> str | None:
-        """What the token file holds, None without one.
-
-        Raises:
-            ConfigurationError: if that is no token. The message does not repeat it.
-        """
-        raw = self.read("token_file")
-        if raw is None:
-            return None
-        token = raw.strip()
-        if not token or any(not 0x21 <= byte <= 0x7E for byte in token):
-            raise ConfigurationError(
-                f"token_file={_shown(self.token_file)} holds no token: one line of letters and digits, as "
-                f"ppdl keys makes it"
-            )
-        return token.decode("ascii")
-
-    def read(self, name: str) -> bytes | None:
-        """The content of one of the files, None where it was not given.
-
-        Raises:
-            ConfigurationError: if it cannot be read.
-        """
-        path = getattr(self, name)
-        if path is None:
-            return None
-        try:
-            return Path(path).read_bytes()
-        except OSError as error:
-            raise ConfigurationError(
-                f"{name}={str(path)!r} cannot be read ({error.strerror or error}); give the path of the file "
-                f"that the server's operator made for you"
-            ) from error
 
 
 class GrpcBackend(Backend):
@@ -159,14 +72,11 @@ class GrpcBackend(Backend):
                 f"server={url!r} must have the form 'grpc://HOST:PORT', or 'grpcs://HOST:PORT' with TLS"
             )
         super().__init__(f"{parts.scheme}://{parts.netloc}")
-        self._credentials = _from_query(url, parts.query) if credentials is None else credentials
-        self._encrypted = parts.scheme == "grpcs"
-        self._credentials.require_fitting(self.url, self._encrypted)
-        self._local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        # In full: a host may have a name that gRPC takes for the scheme of an address, "unix" for one.
-        self._address = f"dns:///{parts.netloc}"
-        self._channel: Any = None
-        self._metadata: tuple[tuple[str, str], ...] = ()
+        credentials = from_query(url, parts.query) if credentials is None else credentials
+        encrypted = parts.scheme == "grpcs"
+        credentials.require_fitting(self.url, encrypted)
+        local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        self._channel = Channel(self.url, parts.netloc, encrypted, local, credentials)
         self._session = ""
         self._size = 0
         self._participant = ""
@@ -232,7 +142,7 @@ class GrpcBackend(Backend):
             )
         receipt = self._believe(messages.receipt_record, reply)
         if receipt.round != update_header(message).round:
-            self._disbelieve(f"round {update_header(message).round} was answered with {receipt}")
+            self._channel.disbelieve(f"round {update_header(message).round} was answered with {receipt}")
         return receipt
 
     def leave(self) -> None:
@@ -247,9 +157,7 @@ class GrpcBackend(Backend):
 
     def close(self) -> None:
         """Close the connection without leaving; the next request opens another."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        self._channel.close()
 
     def status(self) -> ServerStatus:
         return messages.status_record(self._ask("Status", pb.StatusRequest(), pb.StatusReply, _SHORT_SECONDS))
@@ -257,7 +165,7 @@ class GrpcBackend(Backend):
     def export(self) -> tuple[Manifest, bytes | bytearray]:
         manifest, message = self._receive("Export", pb.ExportRequest(), None, 3600.0)
         if manifest is None:
-            self._disbelieve("parameters without their manifest")
+            self._channel.disbelieve("parameters without their manifest")
         return manifest, message
 
     @property
@@ -278,40 +186,14 @@ class GrpcBackend(Backend):
         seconds: float,
         patience_seconds: float | None = None,
     ) -> Any:
-        """Send one request, or a stream of parts (as a function that makes it), and wait for the reply."""
-        path = f"/{messages.SERVICE}/{method}"
-
-        def attempt() -> Any:
-            if callable(request):
-                call = self._open().stream_unary(path, pb.Part.SerializeToString, messages.parser(reply))
-                answer = call(request(), timeout=seconds, metadata=self._metadata)
-            else:
-                call = self._open().unary_unary(path, type(request).SerializeToString, messages.parser(reply))
-                answer = call(request, timeout=seconds, metadata=self._metadata)
-            if answer is messages.UNREADABLE:
-                self._disbelieve(f"no {reply.DESCRIPTOR.name}")
-            return answer
-
-        return self._persistently(attempt, patience_seconds)
+        return self._persistently(
+            lambda: self._channel.ask(method, request, reply, seconds), patience_seconds
+        )
 
     def _receive(
         self, method: str, request: Any, size: int | None, seconds: float
     ) -> tuple[Manifest | None, bytearray]:
-        """Receive a message in parts; ``size`` entries at most, None for as many as its manifest says."""
-
-        def attempt() -> tuple[Manifest | None, bytearray]:
-            call = self._open().unary_stream(
-                f"/{messages.SERVICE}/{method}", type(request).SerializeToString, messages.parser(pb.Part)
-            )
-            parts: Any = call(request, timeout=seconds, metadata=self._metadata)
-            try:
-                return _assembled(parts, size)
-            except (EOFError, OverflowError, ValueError, JoinRefusedError) as error:
-                return self._disbelieve(str(error))
-            finally:
-                parts.cancel()  # does nothing at the end
-
-        return self._persistently(attempt, None)
+        return self._persistently(lambda: self._channel.receive(method, request, size, seconds), None)
 
     def _persistently(self, attempt: Callable[[], T], patience_seconds: float | None) -> T:
         patience = self.patience_seconds if patience_seconds is None else patience_seconds
@@ -320,11 +202,10 @@ class GrpcBackend(Backend):
         while True:
             try:
                 answer = attempt()
-            except grpc.RpcError as raised:
-                code, name, said = raised.code().name, _error_name(raised), raised.details() or ""
-                error = failures.error_of(code, name, said, self.url)
+            except NoAnswer as problem:
+                error = failures.error_of(problem.code, problem.name, problem.said, self.url)
                 remaining = deadline - time.monotonic()
-                passing = failures.may_pass(code, name, said)
+                passing = failures.may_pass(problem.code, problem.name, problem.said)
                 if not passing or remaining <= 0:
                     if told and not passing:
                         self.tell(f"{self.url} answers again")
@@ -345,57 +226,7 @@ class GrpcBackend(Backend):
         try:
             return read(reply)
         except ValueError as error:
-            self._disbelieve(str(error))
-
-    def _disbelieve(self, what: str) -> NoReturn:
-        raise ServerFailedError(f"{self.url!r} sent what no parameter server sends: {what}") from None
-
-    def _open(self) -> Any:
-        if self._channel is None:
-            token = self._credentials.token()
-            if token is not None:
-                if not (self._encrypted or self._local or self._credentials.allow_plaintext_token):
-                    raise ConfigurationError(
-                        f"token_file with server={self.url!r} would send the token in the clear; use "
-                        f"grpcs://, or, where something else encrypts the way, allow_plaintext_token=true"
-                    )
-                self._metadata = (("authorization", f"Bearer {token}"),)
-            if not self._encrypted:
-                self._channel = grpc.insecure_channel(self._address, _OPTIONS)
-            else:
-                read = self._credentials.read
-                files = grpc.ssl_channel_credentials(read("ca"), read("key"), read("certificate"))
-                self._channel = grpc.secure_channel(self._address, files, _OPTIONS)
-        return self._channel
-
-
-def _assembled(parts: Iterator[Any], size: int | None) -> tuple[Manifest | None, bytearray]:
-    """The message in ``parts``, of ``size`` entries at most; None for as many as its manifest says.
-
-    Raises:
-        EOFError, OverflowError, ValueError, JoinRefusedError: for what no server sends.
-    """
-    manifest, assembly = None, None
-    for part in parts:
-        if part is messages.UNREADABLE:
-            raise ValueError("no Part")
-        if assembly is None:
-            if part.HasField("manifest") == (size is not None):
-                raise ValueError("a manifest where none belongs" if size is not None else "no manifest")
-            if size is None:
-                manifest = messages.manifest_record(part.manifest)
-            entries = size if manifest is None else min(manifest.size, _MOST_EXPORTED)
-            assembly = messages.Assembly(max_message_bytes(entries or 0))
-        assembly.add(part)
-    if assembly is None:
-        raise EOFError("nothing at all")
-    return manifest, assembly.take()
-
-
-def _error_name(error: Any) -> str | None:
-    return next(
-        (value for key, value in error.trailing_metadata() or () if key == failures.METADATA_KEY), None
-    )
+            self._channel.disbelieve(str(error))
 
 
 def _seconds(size_bytes: int) -> float:
@@ -407,18 +238,3 @@ def _port(url: str) -> int | None:
         return split_url(url).port
     except ValueError:
         return None
-
-
-def _from_query(url: str, query: str) -> Credentials:
-    given = dict(parse_qsl(query, keep_blank_values=True))
-    known = [field.name for field in fields(Credentials)]
-    if unknown := set(given) - set(known):
-        raise ConfigurationError(f"server={url!r}: {unknown.pop()!r} is none of {', '.join(known)}")
-    allow = given.pop("allow_plaintext_token", "false").lower()
-    if allow not in ("true", "false"):
-        raise ConfigurationError(f"server={url!r}: allow_plaintext_token={allow!r} must be true or false")
-    return replace(Credentials(**given), allow_plaintext_token=allow == "true")  # type: ignore[arg-type]
-
-
-def _shown(path: object) -> str:
-    return repr(None if path is None else str(path))

@@ -5,29 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
 
-from lightning_ppdl.errors import (
-    AdmissionError,
-    ConfigurationError,
-    JoinRefusedError,
-    LimitExceededError,
-    MalformedUpdateError,
-    PPDLError,
-    ServerFailedError,
-    StateError,
-)
-from lightning_ppdl.records import Membership
+from lightning_ppdl.errors import ConfigurationError, PPDLError, ServerFailedError, StateError
 from lightning_ppdl.rpc import failures, messages
-from lightning_ppdl.rpc import parameter_server_pb2 as pb
+from lightning_ppdl.server.answers import Answers, Handle, Method
 from lightning_ppdl.server.core import ParameterServer
+from lightning_ppdl.server.reading import Sent
 from lightning_ppdl.server.security import Gate, Limits, Security, is_loopback, read_file, split_address
 from lightning_ppdl.server.transfers import Caller, Transfers
-from lightning_ppdl.validation import require_name
-from lightning_ppdl.wire import max_update_bytes
 
 try:
     import grpc
@@ -42,14 +30,6 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Sent = AsyncIterator[Any]
-"""What a client sends in one request: messages, None for what is none of the schema's."""
-
-_LONGEST_WAIT_SECONDS = 20.0
-"""For a turn, in one request: who waits longer asks again, which is a sign of life."""
-_LARGE_BYTES = 4 * 2**20
-"""From which size on a message is worked on in a thread, and others are answered meanwhile."""
 _MOST_DETAILS_BYTES = 1500
 """Of a refusal's words. They travel in the metadata, percent-encoded: three times as long at worst."""
 _OPTIONS = (
@@ -97,7 +77,6 @@ class GrpcService:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Event | None = None
-        self._changed: asyncio.Event | None = None
         self._started = threading.Event()
         self.failed: Callable[[], None] = lambda: None
         """Called if it cannot go on, after that is in the log."""
@@ -150,9 +129,8 @@ class GrpcService:
 
     async def _serve(self) -> None:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
-        self._changed = asyncio.Event()
         self._transfers = Transfers(self._limits)
-        self._server.watch(self._wake)
+        self._answers = Answers(self._server, self._limits, self._transfers)
         listener = grpc.aio.server(options=_OPTIONS)
         self._public = PublicAnswers((messages.SERVICE, HEALTH, REFLECTION))
         listener.add_generic_rpc_handlers(self._handlers())
@@ -187,44 +165,26 @@ class GrpcService:
         return int(port)
 
     def _handlers(self) -> tuple[Any, ...]:
-        single: dict[str, tuple[Callable[..., Any], Any, Any]] = {
-            "Join": (self._join, pb.JoinRequest, pb.JoinReply),
-            "TakeTurn": (self._take_turn, pb.TakeTurnRequest, pb.TakeTurnReply),
-            "RenewTurn": (self._renew_turn, pb.SessionRequest, pb.EmptyReply),
-            "EndTurn": (self._end_turn, pb.SessionRequest, pb.EmptyReply),
-            "Upload": (self._upload, pb.UploadRequest, pb.ReceiptReply),
-            "Leave": (self._leave, pb.SessionRequest, pb.EmptyReply),
-            "Status": (self._status, pb.StatusRequest, pb.StatusReply),
-        }
-        # All are answered as if the client sent a stream: of a single message, too, gRPC would else read
-        # the whole before anything here could tell who sends it, and wait for it for ever.
-        ours = {
-            name: _single_reply(self._answering(self._reading(handle)), request, reply)
-            for name, (handle, request, reply) in single.items()
-        }
-        ours["OfferInitial"] = _single_reply(self._answering(self._offer_initial), pb.Part, pb.OfferReply)
-        ours["UploadParts"] = _single_reply(self._answering(self._upload_parts), pb.Part, pb.ReceiptReply)
-        for name, sends, request in (
-            ("Download", self._download, pb.DownloadRequest),
-            ("Export", self._export, pb.ExportRequest),
-        ):
-            ours[name] = _stream_reply(self._answering(self._reading(sends)), request, pb.Part)
-        check = self._answering(self._public.check, public=True)
-        reflect = self._answering(self._public.reflect, public=True)
-        asked, answer = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
-        question, told = reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
+        asked, told = health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+        check = Method(self._public.check, asked, told)
+        asked, told = reflection_pb2.ServerReflectionRequest, reflection_pb2.ServerReflectionResponse
+        reflect = Method(self._public.reflect, asked, told, streams=True)
         return tuple(
-            grpc.method_handlers_generic_handler(service, methods)
-            for service, methods in (
-                (messages.SERVICE, ours),
-                (HEALTH, {"Check": _single_reply(check, asked, answer)}),
-                (REFLECTION, {"ServerReflectionInfo": _stream_reply(reflect, question, told)}),
+            grpc.method_handlers_generic_handler(
+                service,
+                {
+                    name: _handler(self._answering(method.handle, public), method)
+                    for name, method in methods.items()
+                },
+            )
+            for service, methods, public in (
+                (messages.SERVICE, self._answers.methods(), False),
+                (HEALTH, {"Check": check}, True),
+                (REFLECTION, {"ServerReflectionInfo": reflect}, True),
             )
         )
 
-    def _answering(
-        self, handle: Callable[[Sent, Caller], Awaitable[Any]], public: bool = False
-    ) -> Callable[[Sent, Any], Awaitable[Any]]:
+    def _answering(self, handle: Handle, public: bool) -> Callable[[Sent, Any], Awaitable[Any]]:
         """``handle``, once it is known who asks. Its errors become status codes; no traceback ever reaches a
         client."""
 
@@ -233,7 +193,7 @@ class GrpcService:
             try:
                 if public:
                     return await handle(sent, caller)
-                with self._counted():
+                with self._answers.counted():
                     if not self._security.open:
                         metadata = context.invocation_metadata() or ()
                         caller.names = self._gate.names(context.auth_context(), metadata)
@@ -260,232 +220,12 @@ class GrpcService:
 
         return handler
 
-    def _reading(
-        self, handle: Callable[[Any, Caller], Awaitable[Any]]
-    ) -> Callable[[Sent, Caller], Awaitable[Any]]:
-        """``handle`` for a request that is a single message."""
 
-        async def handler(sent: Sent, caller: Caller) -> Any:
-            with self._counted():
-                request = await self._next(sent, caller)
-                if request is None:
-                    raise MalformedUpdateError("the request holds no message")
-            return await handle(request, caller)
-
-        return handler
-
-    # What is asked for, one method each
-
-    async def _join(self, request: pb.JoinRequest, caller: Caller) -> pb.JoinReply:
-        with self._counted():
-            caller.require(request.participant)
-        membership = await self._in_thread(partial(self._joined, request))
-        log.info(
-            "participant %r joined, after round %d",
-            request.participant,
-            membership.last_round,
-            extra={
-                "event": "joined",
-                "participant": request.participant,
-                "round": membership.last_round,
-                "version": membership.version,
-            },
-        )
-        return messages.membership_message(membership)
-
-    def _joined(self, request: pb.JoinRequest) -> Membership:
-        """In a thread: a manifest can be long."""
-        with self._counted():
-            manifest = messages.manifest_record(request.manifest)
-            if manifest.size > self._limits.max_parameters:
-                raise JoinRefusedError(
-                    f"{manifest.size} shared entries are more than the {self._limits.max_parameters} that "
-                    f"this server takes; its operator can raise max_parameters"
-                )
-        _ = manifest.fingerprint  # computed now, and not while the server is locked
-        try:
-            return self._server.join(request.participant, manifest, failures.HERE)
-        except ConfigurationError as error:
-            require_name("participant", request.participant)
-            # It is the server's own configuration then, whose files are nobody else's business.
-            log.error("participant %r could not join: %s", request.participant, error)
-            raise ServerFailedError(
-                "the server cannot begin with the initial parameters that it was given for this module; its "
-                "log says why"
-            ) from None
-
-    async def _offer_initial(self, sent: Sent, caller: Caller) -> pb.OfferReply:
-        first = await self._first_part(sent, caller)
-        name = self._require_session(first.session, caller)
-        async with self._transfers.of(name, "up", large=True, caller=caller):
-            raw = await self._whole(first, sent, caller, 4 * self._server.size)
-            with self._counted():
-                if len(raw) != 4 * self._server.size:
-                    raise JoinRefusedError(
-                        f"initial parameters must be finite float32 of shape {(self._server.size,)}, "
-                        f"{4 * self._server.size} bytes, not {len(raw)}"
-                    )
-            offer = partial(self._server.offer_initial, first.session, messages.vector_record(raw))
-            return pb.OfferReply(taken=await self._in_thread(offer))
-
-    async def _take_turn(self, request: pb.TakeTurnRequest, caller: Caller) -> pb.TakeTurnReply:
-        self._require_session(request.session, caller)
-        assert self._loop is not None and self._changed is not None
-        until = self._loop.time() + min(max(0.0, request.wait_seconds), _LONGEST_WAIT_SECONDS)
-        while True:
-            changed = self._changed
-            if self._server.take_turn(request.session):
-                return pb.TakeTurnReply(taken=True)
-            remaining = until - self._loop.time()
-            if not remaining > 0:
-                return pb.TakeTurnReply(taken=False, awaited=self._server.status().awaited)
-            # Woken by every change of turn, but not by leases that run out silently. The server's clock
-            # need not be this one: look again after a second in any case.
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(
-                    changed.wait(), min(remaining, 1.0, max(0.01, self._server.seconds_to_expiry()))
-                )
-
-    async def _renew_turn(self, request: pb.SessionRequest, caller: Caller) -> pb.EmptyReply:
-        self._require_session(request.session, caller)
-        self._server.renew_turn(request.session)
-        return pb.EmptyReply()
-
-    async def _end_turn(self, request: pb.SessionRequest, caller: Caller) -> pb.EmptyReply:
-        self._require_session(request.session, caller)
-        self._server.end_turn(request.session)
-        return pb.EmptyReply()
-
-    async def _leave(self, request: pb.SessionRequest, caller: Caller) -> pb.EmptyReply:
-        name = self._require_session(request.session, caller)
-        await self._in_thread(partial(self._server.leave, request.session))
-        log.info("participant %r left", name, extra={"event": "left", "participant": name})
-        return pb.EmptyReply()
-
-    async def _download(self, request: pb.DownloadRequest, caller: Caller) -> None:
-        name = self._require_session(request.session, caller)
-        large = 4 * self._server.size > messages.PART_BYTES
-        async with self._transfers.of(name, "down", large, caller):
-            ask = partial(self._server.download, request.session, messages.download_record(request))
-            message = await self._in_thread(ask) if 4 * self._server.size > _LARGE_BYTES else ask()
-            for part in messages.parts(message):
-                await caller.send(part)
-
-    async def _upload(self, request: pb.UploadRequest, caller: Caller) -> pb.ReceiptReply:
-        name = self._require_session(request.session, caller)
-        with self._counted():
-            self._transfers.count_upload(name)
-        return await self._submitted(name, request.session, request.update)
-
-    async def _upload_parts(self, sent: Sent, caller: Caller) -> pb.ReceiptReply:
-        first = await self._first_part(sent, caller)
-        name = self._require_session(first.session, caller)
-        with self._counted():
-            self._transfers.count_upload(name)
-        async with self._transfers.of(name, "up", large=True, caller=caller):
-            message = await self._whole(first, sent, caller, max_update_bytes(self._server.size, 1.0))
-            return await self._submitted(name, first.session, message)
-
-    async def _submitted(self, name: str, session: str, message: bytes | bytearray) -> pb.ReceiptReply:
-        submit = partial(self._server.submit, session, message)
-        answer = await self._in_thread(submit) if len(message) > _LARGE_BYTES else submit()
-        receipt = answer.result() if answer.done() else await asyncio.wrap_future(answer)
-        if log.isEnabledFor(logging.DEBUG):  # once for each upload: no work for a line that nobody reads
-            log.debug(
-                "participant %r: round %d makes version %d, staleness %d, %d bytes",
-                name,
-                receipt.round,
-                receipt.version,
-                receipt.staleness,
-                len(message),
-                extra={"event": "upload", "participant": name, "bytes": len(message), **vars(receipt)},
-            )
-        return messages.receipt_message(receipt)
-
-    async def _status(self, request: pb.StatusRequest, caller: Caller) -> pb.StatusReply:
-        return messages.status_message(self._server.status())
-
-    async def _export(self, request: pb.ExportRequest, caller: Caller) -> None:
-        who = caller.address if caller.names is None else ",".join(sorted(caller.names))
-        async with self._transfers.of(who, "export", large=True, caller=caller):
-            manifest, message = await self._in_thread(self._server.export)
-            for part in messages.parts(message, manifest=manifest):
-                await caller.send(part)
-
-    # What these share
-
-    def _require_session(self, session: str, caller: Caller) -> str:
-        name = self._server.participant(session)
-        with self._counted():
-            caller.require(name)
-        return name
-
-    async def _next(self, sent: Sent, caller: Caller) -> Any:
-        """The next message; None after the last."""
-        received = await caller.receive(sent)
-        if received is messages.UNREADABLE:
-            raise MalformedUpdateError("the request is no message of this schema")
-        return received
-
-    async def _first_part(self, sent: Sent, caller: Caller) -> pb.Part:
-        with self._counted():
-            part: pb.Part | None = await self._next(sent, caller)
-            if part is None:
-                raise MalformedUpdateError("the stream holds no part")
-            if part.HasField("manifest"):
-                raise MalformedUpdateError("the first part holds a manifest, which belongs to a join")
-        return part
-
-    async def _whole(self, first: pb.Part, sent: Sent, caller: Caller, most_bytes: int) -> bytearray:
-        with self._counted():
-            try:
-                assembly = messages.Assembly(most_bytes)
-                assembly.add(first)
-                while (part := await self._next(sent, caller)) is not None:
-                    assembly.add(part)
-                return assembly.take()
-            except OverflowError as error:
-                raise LimitExceededError(str(error)) from None
-            except (EOFError, ValueError) as error:
-                raise MalformedUpdateError(str(error)) from None
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """A refusal that the core does not see itself is entered in its books as well."""
-        try:
-            yield
-        except AdmissionError as error:
-            self._server.count_rejection(error)
-            raise
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        assert self._loop is not None
-        running = self._loop.run_in_executor(None, work)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            # Work goes on in its thread, and holds its message: until then its place is not another's.
-            await asyncio.wait([running])
-            raise
-
-    def _wake(self) -> None:
-        """Called in any thread, with the server's lock held."""
-        if self._loop is not None and not self._loop.is_closed():
-            with suppress(RuntimeError):  # it closed in between
-                self._loop.call_soon_threadsafe(self._signal)
-
-    def _signal(self) -> None:
-        assert self._changed is not None
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-
-def _single_reply(handle: Any, request: Any, reply: Any) -> Any:
-    return grpc.stream_unary_rpc_method_handler(handle, messages.parser(request), reply.SerializeToString)
-
-
-def _stream_reply(handle: Any, request: Any, reply: Any) -> Any:
-    return grpc.stream_stream_rpc_method_handler(handle, messages.parser(request), reply.SerializeToString)
+def _handler(handle: Callable[[Sent, Any], Awaitable[Any]], method: Method) -> Any:
+    # As if the client sent a stream, whatever it sends: of a single message, too, gRPC would else read the
+    # whole before anything here could tell who sends it, and wait for it for ever.
+    kind = grpc.stream_stream_rpc_method_handler if method.streams else grpc.stream_unary_rpc_method_handler
+    return kind(handle, messages.parser(method.request), method.reply.SerializeToString)
 
 
 async def _abort(context: Any, error: PPDLError) -> None:

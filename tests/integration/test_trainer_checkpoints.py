@@ -44,8 +44,8 @@ def fit(
 ) -> tuple[pl.Trainer, Tiny]:
     own = {key: settings.pop(key) for key in ("val_check_interval", "max_steps") if key in settings}
     module = Tiny()
-    own["enable_checkpointing"] = any(isinstance(each, ModelCheckpoint) for each in callbacks or [])
-    made = trainer(strategy, epochs, callbacks=callbacks, **own)
+    keeps = any(isinstance(each, ModelCheckpoint) for each in callbacks or [])
+    made = trainer(strategy, epochs, callbacks=callbacks, enable_checkpointing=keeps, **own)
     made.fit(module, loader(), loader(2), **settings)
     return made, module
 

@@ -19,7 +19,7 @@ LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 
 # Optional extras, and the one file each that may import them.
 EXTRAS: dict[str, set[str]] = {
-    "grpc": {f"{NAME}.backends.grpc", f"{NAME}.server.service"},
+    "grpc": {f"{NAME}.backends.channel", f"{NAME}.server.service"},
     "redis": set(),
     "ray": set(),
     "absl": {f"{NAME}.privacy.composition"},
