@@ -13,6 +13,7 @@ from join_harness import Joined
 from safetensors.torch import load_file
 
 from lightning_ppdl import Add, ParameterServer, data
+from lightning_ppdl.evaluation import Evaluator
 from lightning_ppdl.keys import make_keys
 from lightning_ppdl.models import Classifier, mlp
 from lightning_ppdl.privacy.ledger import Ledger
@@ -20,7 +21,6 @@ from lightning_ppdl.server.protocol import Asynchronous, ExchangeProtocol, Rando
 from lightning_ppdl.server.security import Security
 from lightning_ppdl.server.service import GrpcService
 from lightning_ppdl.server.state import StateDirectory
-from lightning_ppdl.evaluation import Evaluator
 
 MNIST = Path(__file__).resolve().parents[3] / "shared/data/mnist"
 SMALL = ["participants=2", "optimizer.lr=0.2", "partition.samples=400", "model.hidden=[16]"]
