@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,21 @@ class ParameterLayout:
         buffers = dict(named_buffers(self._module)) if self._buffer_names else {}
         yield from ((name, parameters[name]) for name in self._parameter_names)
         yield from ((name, buffers[name]) for name in self._buffer_names)
+
+
+Patterns = TypeVar("Patterns", bound=Share)
+
+
+def require_patterns(argument: str, value: Patterns) -> Patterns:
+    """Return ``value`` if it is None, a name pattern, a list of them, or a predicate."""
+    patterns = [value] if isinstance(value, str) else value
+    if not (patterns is None or callable(patterns)) and not (
+        isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
+    ):
+        raise ConfigurationError(
+            f"{argument}={value!r} must be a name pattern such as '*.lora_*', a list of patterns, or None"
+        )
+    return value
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

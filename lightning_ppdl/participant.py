@@ -113,8 +113,8 @@ class Participant:
         exchange.lease_seconds = membership.lease_seconds
         if self._overlap and not membership.anytime:
             raise ConfigurationError(
-                f"overlap: {backend.url} gives turns, in which nobody trains while others do; leave "
-                f"overlap_steps at 0, or serve protocol=asynchronous"
+                f"overlap_steps above 0: {backend.url} gives turns, in which nobody trains while others do; "
+                f"leave overlap_steps at 0, or serve protocol=asynchronous"
             )
         resumed = self._resumed and membership.study == self._study
         if membership.study != self._study:

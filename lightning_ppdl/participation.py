@@ -13,13 +13,13 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import save_file
 from torch import nn
 
 from lightning_ppdl.data import ArrayDataset, DataSource, Splits, loader
 from lightning_ppdl.errors import ConfigurationError, PPDLError
 from lightning_ppdl.evaluation import Evaluator
+from lightning_ppdl.metrics_file import MetricsFile
 from lightning_ppdl.models import Classifier, OptimizerFactory
 from lightning_ppdl.partition import Partition
 from lightning_ppdl.pytorch_lightning import DSSGDDDPStrategy, DSSGDStrategy
@@ -163,7 +163,7 @@ class Participation:
         checkpoint = ModelCheckpoint(
             self.directory, filename="last", enable_version_counter=False, save_weights_only=False, **every
         )
-        logger = CSVLogger(self.directory, name="", version="")
+        logger = MetricsFile(self.directory / METRICS)
         decided = {"strategy": self.strategy, "callbacks": [checkpoint], "logger": logger}
         quiet = {"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
         return _trainer(**{**quiet, **self.trainer, **lasts, **decided})

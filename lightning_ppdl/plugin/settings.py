@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from lightning_ppdl.backends import Backend, connect
 from lightning_ppdl.errors import ConfigurationError
 from lightning_ppdl.initial import Initial, check_initial
-from lightning_ppdl.layout import ParameterLayout, Share
+from lightning_ppdl.layout import ParameterLayout, Share, require_patterns
 from lightning_ppdl.participant import OnUnreachable, Participant
 from lightning_ppdl.plugin.private_training import PrivateTraining
 from lightning_ppdl.privacy.account import Account
@@ -24,7 +24,6 @@ from lightning_ppdl.records import Manifest, Quantity, ValueType
 from lightning_ppdl.selection import LargestValues, Selection
 from lightning_ppdl.validation import (
     require_choice,
-    require_count,
     require_fraction,
     require_name,
     require_not_negative,
@@ -83,8 +82,10 @@ class Settings:
         self.quantity = require_choice("quantity", quantity, get_args(Quantity))
         if quantity == "gradient" and share_buffers is not None:
             raise ConfigurationError("share_buffers needs quantity='change': buffers have no gradients")
-        self.share = share
-        self.share_buffers = share_buffers
+        self.share = require_patterns("share", share)
+        if callable(share_buffers):
+            raise ConfigurationError(f"share_buffers={share_buffers!r} must be name patterns, or None")
+        self.share_buffers = require_patterns("share_buffers", share_buffers)
         self.initial = check_initial(initial)
         if privacy is not None and initial == "own":
             raise ConfigurationError(
@@ -103,9 +104,9 @@ class Settings:
         self.on_unreachable = require_choice("on_unreachable", on_unreachable, get_args(OnUnreachable))
         self.unreachable_seconds = require_not_negative("unreachable_seconds", unreachable_seconds)
         self.transfer_dtype = require_choice("transfer_dtype", transfer_dtype, get_args(ValueType))
-        self.overlap_steps = (
-            overlap_steps if overlap_steps == 0 else require_count("overlap_steps", overlap_steps)
-        )
+        if isinstance(overlap_steps, bool) or not isinstance(overlap_steps, int) or overlap_steps < 0:
+            raise ConfigurationError(f"overlap_steps={overlap_steps!r} must be a whole number, 0 or more")
+        self.overlap_steps = overlap_steps
 
     def enrol(self, layout: ParameterLayout, plan: Plan, private: PrivateTraining | None) -> Participant:
         """The participant, for a module's ``layout``; not joined yet.

@@ -280,8 +280,8 @@ class SeveralDevices(Collaboration):
         method = lightning.get("start_method", "popen")
         if method != "popen":
             raise ConfigurationError(
-                f"start_method={method!r} trains in processes that end with fit(), and what the participant "
-                f"has to keep for the next one with them; leave it at 'popen', in a script"
+                f"start_method={method!r}: only 'popen' will do, in a script; processes that are spawned or "
+                f"forked end with fit(), and what the participant has to keep for the next one with them"
             )
         if isinstance(privacy, RecordLevel):
             raise ConfigurationError(

@@ -59,7 +59,7 @@ class Selection(ABC):
         return self
 
 
-def require_entries(fraction: float, size: int) -> int:
+def require_entries(fraction: float, size: int, name: str = "fraction") -> int:
     """How many of ``size`` shared parameters ``fraction`` allows to leave, c in the paper.
 
     Raises:
@@ -68,8 +68,8 @@ def require_entries(fraction: float, size: int) -> int:
     count = entries(fraction, size)
     if count == 0:
         raise ConfigurationError(
-            f"fraction={fraction!r} of {size} shared parameters selects none; use at least "
-            f"fraction={1 / max(size, 1):.2g}"
+            f"{name}={fraction!r} of {size} shared parameters selects none; use at least "
+            f"{name}={1 / max(size, 1):.2g}"
         )
     return count
 

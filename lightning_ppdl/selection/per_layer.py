@@ -92,15 +92,15 @@ class PerLayer(Selection):
 
     def _quotas(self, specs: Sequence[ParameterSpec]) -> list[int]:
         quotas = [0] * len(specs)
-        for fraction, group in self._groups([spec.name for spec in specs]):
+        for name, fraction, group in self._groups([spec.name for spec in specs]):
             sizes = [specs[place].size for place in group]
-            shares = apportioned(require_entries(fraction, sum(sizes)), sizes)
+            shares = apportioned(require_entries(fraction, sum(sizes), name), sizes)
             for place, share in zip(group, shares):
                 quotas[place] = share
         return quotas
 
-    def _groups(self, names: Sequence[str]) -> list[tuple[float, list[int]]]:
-        """Each fraction, with the places of the tensors that it is for."""
+    def _groups(self, names: Sequence[str]) -> list[tuple[str, float, list[int]]]:
+        """Each fraction, what it is called, and the places of the tensors that it is for."""
         remaining = list(range(len(names)))
         groups = []
         for pattern, fraction in (self.fractions or {}).items():
@@ -109,9 +109,10 @@ class PerLayer(Selection):
                     f"fractions={self.fractions!r}: {pattern!r} matches none of {', '.join(names[:5])}"
                     f"{', ...' if len(names) > 5 else ''}"
                 )
-            groups.append((fraction, [place for place in remaining if fnmatchcase(names[place], pattern)]))
-            remaining = [place for place in remaining if place not in groups[-1][1]]
-        return [group for group in [*groups, (self.fraction, remaining)] if group[1]]
+            matching = [place for place in remaining if fnmatchcase(names[place], pattern)]
+            groups.append((f"fractions[{pattern!r}]", fraction, matching))
+            remaining = [place for place in remaining if place not in matching]
+        return [group for group in [*groups, ("fraction", self.fraction, remaining)] if group[2]]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from processes import hears_ctrl_c
-
 PPDL = Path(sys.executable).with_name("ppdl")
 LIMIT_SECONDS = 180.0
 
@@ -39,7 +37,6 @@ class Joined:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment | {"OMP_NUM_THREADS": "1"},
-                preexec_fn=hears_ctrl_c,
             )
 
     @property

@@ -18,7 +18,6 @@ import matplotlib.image
 import pytest
 import torch
 from omegaconf import OmegaConf
-from processes import hears_ctrl_c
 
 from lightning_ppdl import __version__
 from lightning_ppdl.cli import main
@@ -229,9 +228,7 @@ def test_ctrl_c_exits_with_130(
 def test_a_real_process_can_be_interrupted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command: list[str | Path] = [PPDL, "simulate", "rounds=100000", f"hydra.run.dir={run}"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=quiet(), preexec_fn=hears_ctrl_c
-    )
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=quiet())
     try:
         deadline = time.monotonic() + 120
         while not (run / ".hydra").exists():

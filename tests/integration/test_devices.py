@@ -94,7 +94,7 @@ def test_several_devices_are_refused_by_name_where_one_trains(
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 def test_processes_that_end_with_fit_are_refused(method: Any, url: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"start_method='{method}'.*popen"):
+    with pytest.raises(ConfigurationError, match=f"start_method='{method}': only 'popen'"):
         DSSGDDDPStrategy(url, "anna", start_method=method)
 
 

@@ -185,6 +185,15 @@ def test_an_unreachable_server_ends_training_within_its_time(
     assert "ppdl join: 'grpc://127.0.0.1:9' did not answer" in anna.log and "Traceback" not in anna.log
 
 
+def test_metrics_of_earlier_lives_stay(tmp_path: Path, serving: Serving) -> None:
+    ben = Joined(tmp_path, serving.url, "ben", *SMALL, "rounds=3", "share=2")
+    for rounds in (1, 3):
+        anna = Joined(tmp_path, serving.url, "anna", *SMALL, f"rounds={rounds}", "share=1")
+        assert anna.wait() == 0, anna.log
+    assert ben.wait() == 0
+    assert [float(row["ppdl/round"]) for row in anna.rounds()] == [1, 2, 3]
+
+
 def test_ctrl_c_gives_the_turn_back(tmp_path: Path, serving: Serving) -> None:
     anna = Joined(tmp_path, serving.url, "anna", *SMALL, "rounds=500", "share=1", "batch_size=1")
     deadline = time.monotonic() + 60

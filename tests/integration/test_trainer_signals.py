@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from processes import hears_ctrl_c
 from serve_harness import Served, wait_for
 from strategy_harness import everything, one_thread
 from trainer_harness import run
@@ -72,7 +71,6 @@ def training(directory: Path, *names: str) -> Iterator[Training]:
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
-            preexec_fn=hears_ctrl_c,
         )
     try:
         yield Training(directory)

@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_ppdl.errors import ConfigurationError, FingerprintMismatchError
 from lightning_ppdl.initial import initial_vector, public_initial
-from lightning_ppdl.layout import ParameterLayout
+from lightning_ppdl.layout import ParameterLayout, require_patterns
 from lightning_ppdl.records import Manifest
 
 
@@ -329,3 +329,10 @@ def test_a_public_seed_gives_the_same_in_every_thread_and_leaves_the_global_gene
     with ThreadPoolExecutor(8) as threads:
         for drawn in threads.map(draw, range(64)):
             torch.testing.assert_close(drawn, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [3, ["a", 3], {"a": 1}])
+def test_patterns_are_strings(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match="share="):
+        require_patterns("share", value)
+    assert require_patterns("share", None) is None and require_patterns("share", ["*.a"]) == ["*.a"]

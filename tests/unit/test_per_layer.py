@@ -213,7 +213,7 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
 
 
 def test_a_fraction_that_allows_nothing_is_an_error() -> None:
-    with pytest.raises(ConfigurationError, match=r"fraction=0\.1 of 9 .* selects none"):
+    with pytest.raises(ConfigurationError, match=r"fractions\['bias'\]=0\.1 of 9 .* selects none"):
         PerLayer(LargestValues(0.5), {"bias": 0.1}).for_tensors(specs(weight=64, bias=9))
 
 
