@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=60, help="in a round")
     parser.add_argument("--width", type=int, default=4000, help="P is about 129 times that")
-    parser.add_argument("--megabytes", type=float, default=10.0, help="of the line, a second")
+    parser.add_argument("--megabytes", type=float, default=1.0, help="of the line, a second")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.set_num_threads(1)
