@@ -55,7 +55,7 @@ def check_history(module: nn.Module, layout: ParameterLayout, account: Account, 
         module: What is going to be trained.
         layout: What of it is shared.
         account: Of a record-level mechanism.
-        noiseless: Whether its checkpoint was trained without noise, or does not say.
+        noiseless: Whether the checkpoint that it goes on from was.
 
     Raises:
         TaintedStateError: if it was, or may have been.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -70,7 +71,6 @@ class Rounds(_Callback):
         self._alone = False
         self._in_flight = False
         self._noiseless = False
-        self._resumed = False
         self._stage = ""
         self._kept: dict[str, Any] | None = None
 
@@ -127,8 +127,7 @@ class Rounds(_Callback):
         if account is not None:
             check_trainer(trainer, account)
             if account.mechanism.unit == "record":
-                unknown = trainer.ckpt_path is not None and not self._resumed
-                check_history(module, layout, account, self._noiseless or unknown)
+                check_history(module, layout, account, self._noiseless)
         return seat.enter(module)
 
     def on_train_batch_start(
@@ -287,7 +286,13 @@ class Rounds(_Callback):
             return  # validating a checkpoint does not make this participant the one that it was then
         self._state, self._noiseless = state_dict["participant"], state_dict["noiseless"]
         self._reopened, self._generators = state_dict.get("open"), state_dict.get("generators")
-        self._resumed = True
+
+    def loaded_from(self, module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """The parameters of ``checkpoint`` were put into ``module``, in whatever stage."""
+        kept = checkpoint.get("callbacks", {}).get(self.state_key)
+        # One that does not say so may have been trained in any way.
+        if kept is None or kept["noiseless"]:
+            remember_noiseless(module)
 
     def _remember_noiseless(self, module: pl.LightningModule) -> None:
         self._noiseless = True

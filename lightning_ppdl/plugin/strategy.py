@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import weakref
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -212,6 +212,11 @@ class Collaboration(_Strategy):  # type: ignore[misc]
         if self._private is None:
             return super().training_step(*args, **kwargs)  # type: ignore[no-any-return]
         return self._private.training_step(super().training_step, *args, **kwargs)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        assert self.lightning_module is not None
+        self._callback.loaded_from(self.lightning_module, checkpoint)
 
     def on_train_end(self) -> None:
         super().on_train_end()

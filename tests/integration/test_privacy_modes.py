@@ -349,6 +349,20 @@ class TestRecordLevelStartsFromNothingNoiseless:
         with pytest.raises(TaintedStateError, match="checkpoint"):
             again.fit(Tiny(), loader(), ckpt_path=str(tmp_path / "plain.ckpt"))
 
+    @pytest.mark.parametrize("mechanism", [None, GAUSSIAN], ids=["plain", "participant"])
+    def test_a_checkpoint_that_was_only_looked_at(
+        self, url: str, tmp_path: Path, mechanism: Mechanism | None
+    ) -> None:
+        """It leaves its parameters in the module."""
+        add_server(url)
+        strategy = "auto" if mechanism is None else private(url, mechanism, Ledger(None))
+        fit(Tiny(), strategy, epochs=1).save_checkpoint(tmp_path / "other.ckpt")
+        module = Tiny()
+        again = trainer(private(url, RECORD, Ledger(None)), epochs=5)
+        again.validate(module, loader(), ckpt_path=str(tmp_path / "other.ckpt"), verbose=False)
+        with pytest.raises(TaintedStateError, match="checkpoint"):
+            again.fit(module, loader())
+
     def test_its_own_checkpoint_is_welcome(self, url: str, tmp_path: Path) -> None:
         add_server(url)
         ledger = Ledger(None)

@@ -63,7 +63,6 @@ class PrivateTraining(_Callback):
         """Of the user's train loader, before Poisson sampling took its place."""
         self._noise = noise
         self._fits = 0
-        self._stage = ""
         self._loader: DataLoader[Any] | None = None
         self._capture: Capture | None = None
         self._reduction: Reduction = "mean"
@@ -166,7 +165,7 @@ class PrivateTraining(_Callback):
     # Hooks ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._loader, self._stage = None, stage
+        self._loader = None
         if stage == "fit":
             check_trainer(trainer, pl_module, self.mechanism.public_validation)
 
@@ -254,8 +253,6 @@ class PrivateTraining(_Callback):
         return {"unpaid": [event.to_json() for event in self._unpaid()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stage != "fit":
-            return  # nothing is trained on from there
         # Steps within a checkpoint are in what follows from it, whatever else was recorded since.
         for line in state_dict["unpaid"]:
             event = event_from_json(line)
