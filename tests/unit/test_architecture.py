@@ -144,6 +144,7 @@ def test_few_rooms_know_lightning() -> None:
         "simulation",
         "participation",
         "trainer_arguments",
+        "metrics_file",
         "cli",
     )
     knowing = {module for module in MODULES if third_party(module) & LIGHTNING}
