@@ -133,13 +133,11 @@ class Rounds(_Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if _only_averages(trainer):
-            return
-        if self._open and self._in_flight:
-            if self._steps(trainer) >= self._strategy.settings.overlap_steps:
+        if self._open:
+            if self._in_flight and self._steps(trainer) >= self._strategy.settings.overlap_steps:
                 self._settle(trainer)
             return
-        if self._open or self._alone:
+        if self._alone or _only_averages(trainer):
             return
         ranks, layout = self._joined()
         told = ranks.zero(lambda: self._require_seat().begin())
