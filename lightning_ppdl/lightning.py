@@ -8,7 +8,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_ppdl.plugin import private_training, round_ends
+from lightning_ppdl.plugin import private_training
 from lightning_ppdl.plugin.rounds import Rounds
 from lightning_ppdl.plugin.strategy import OneDevice, SeveralDevices
 
@@ -17,10 +17,6 @@ from lightning_ppdl.plugin.strategy import OneDevice, SeveralDevices
 
 class DSSGDCallback(Rounds, pl.Callback):  # type: ignore[misc]
     """:class:`lightning_ppdl.DSSGDCallback` for a ``lightning.pytorch.Trainer``."""
-
-
-class RoundEnds(round_ends.RoundEnds, pl.Callback):  # type: ignore[misc]
-    """Ends rounds in a ``lightning.pytorch.Trainer``."""
 
 
 class PrivateTraining(private_training.PrivateTraining, pl.Callback):  # type: ignore[misc]
@@ -32,7 +28,6 @@ class DSSGDStrategy(OneDevice, SingleDeviceStrategy):  # type: ignore[misc]
 
     strategy_name = "dssgd"
     callback_class = DSSGDCallback
-    ends_class = RoundEnds
     private_class = PrivateTraining
 
 
@@ -41,5 +36,4 @@ class DSSGDDDPStrategy(SeveralDevices, DDPStrategy):  # type: ignore[misc]
 
     strategy_name = "dssgd_ddp"
     callback_class = DSSGDCallback
-    ends_class = RoundEnds
     private_class = PrivateTraining

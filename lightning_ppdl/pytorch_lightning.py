@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_ppdl.plugin import private_training, round_ends
+from lightning_ppdl.plugin import private_training
 from lightning_ppdl.plugin.rounds import Rounds
 from lightning_ppdl.plugin.strategy import OneDevice, SeveralDevices
 
@@ -32,10 +32,6 @@ class DSSGDCallback(Rounds, pl.Callback):
     Attributes:
         reports: One report a round, of this process.
     """
-
-
-class RoundEnds(round_ends.RoundEnds, pl.Callback):
-    """Ends rounds in a ``pytorch_lightning.Trainer``."""
 
 
 class PrivateTraining(private_training.PrivateTraining, pl.Callback):
@@ -92,7 +88,6 @@ class DSSGDStrategy(OneDevice, SingleDeviceStrategy):
 
     strategy_name = "dssgd"
     callback_class = DSSGDCallback
-    ends_class = RoundEnds
     private_class = PrivateTraining
 
 
@@ -109,5 +104,4 @@ class DSSGDDDPStrategy(SeveralDevices, DDPStrategy):
 
     strategy_name = "dssgd_ddp"
     callback_class = DSSGDCallback
-    ends_class = RoundEnds
     private_class = PrivateTraining

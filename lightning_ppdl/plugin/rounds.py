@@ -50,8 +50,12 @@ class Rounds(_Callback):
     """When rounds begin and end; see :class:`~lightning_ppdl.DSSGDCallback`.
 
     All ranks run it alike. What only rank zero may do stands in :class:`Seat`, and is reached through
-    :meth:`Ranks.zero`, which all ranks call. It stands behind other callbacks; what must not come after
-    them is called by :class:`~lightning_ppdl.plugin.round_ends.RoundEnds`.
+    :meth:`Ranks.zero`, which all ranks call.
+
+    It stands before the other callbacks, since these may replace the parameters, or save them: weight
+    averaging puts its averages into the module when training ends, and a ModelCheckpoint that saves at a
+    round's end saves it as one that is over. After an error the turn is given back first of all: Lightning
+    leaves the rest out where another callback fails too.
     """
 
     def __init__(self) -> None:
@@ -86,23 +90,22 @@ class Rounds(_Callback):
         self._trainer = trainer
         self._stage = stage
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not later: the train loader draws from them before training starts. Other ranks have streams of
-        # their own, which no checkpoint of rank zero knows.
-        self._loaders = 0
-        if self._generators is not None and trainer.is_global_zero:
-            generators.restore_generators(self._generators, trainer.strategy.root_device)
+    def restore_generators(self, trainer: pl.Trainer, loader: object) -> None:
+        """Called with each loader that the Trainer is going to use: train loaders come before others.
 
-    def restore_loader(self, trainer: pl.Trainer, loader: object) -> None:
-        """Called with each loader that the Trainer is going to use: train loaders come before others."""
+        Not later, since they are about to be drawn from. Other ranks have streams of their own, which no
+        checkpoint of rank zero knows.
+        """
         if self._generators is None or trainer.state.fn != "fit" or not trainer.training:
             return
+        if trainer.is_global_zero:
+            generators.restore_generators(self._generators, trainer.strategy.root_device)
         generators.restore_loader(self._generators, self._loaders, loader)
         self._loaders += 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy, settings = self._strategy, self._strategy.settings
-        self._generators = None
+        self._generators, self._loaders = None, 0
         self._warned = self._open = self._alone = self._in_flight = False
         if settings.quantity == "gradient" and any(isinstance(o, LBFGS) for o in trainer.optimizers):
             raise ConfigurationError(
@@ -167,8 +170,14 @@ class Rounds(_Callback):
             factor = 1 / scaler.get_scale()  # fused optimizers take it off in their step: here it is still on
         self._seat.add_gradients(parameters, factor)
 
-    def end_of_batch(self, trainer: pl.Trainer) -> None:
-        """Ends the round, if this was its last batch."""
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         if not self._open:
             return
         self._batches += 1
@@ -185,27 +194,27 @@ class Rounds(_Callback):
         if self._seat is not None:
             self._seat.keep_turn()
 
-    def end_of_epoch(self, trainer: pl.Trainer) -> None:
-        """Ends a round that the epoch did not: one that was cut short (max_steps, a timer, a batch-start hook
-        returning -1), or one of n steps where nothing is trained from here on."""
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A round that no batch has ended: of an epoch that was cut short (max_steps, a timer, a batch-start
+        # hook returning -1), or one of n steps where nothing is trained from here on.
         if self._open and (
             self._strategy.settings.round_length == "epoch" or _only_averages(trainer, from_next_epoch=True)
         ):
             self._end_round(trainer, on_step=False)
 
-    def end_of_training(self, trainer: pl.Trainer) -> None:
-        """Training that stops in the middle of a round of n steps still shares what it did."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Training that stops in the middle of a round of n steps still shares what it did.
         if self._open:
             self._end_round(trainer, on_step=None)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._in_flight:
             self._settle(trainer)
         if self._seat is not None and (account := self._seat.account) is not None:
             rank_zero_info(f"the ledger of participant {account.participant!r}: {account.spent()}")
 
-    def leave_early(self) -> None:
-        """Leave after an error; a checkpoint that is saved yet has the open round all the same."""
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        # A checkpoint that another callback saves yet has the open round all the same.
         try:
             kept = self.state_dict()
         finally:

@@ -22,7 +22,6 @@ from lightning_ppdl.participant import OnUnreachable, Participant
 from lightning_ppdl.plugin.packages import mismatch
 from lightning_ppdl.plugin.private_training import PrivateTraining
 from lightning_ppdl.plugin.ranks import Ranks
-from lightning_ppdl.plugin.round_ends import RoundEnds
 from lightning_ppdl.plugin.rounds import Rounds
 from lightning_ppdl.plugin.settings import Settings
 from lightning_ppdl.privacy.ledger import Ledger
@@ -54,7 +53,6 @@ class Collaboration(_Strategy):  # type: ignore[misc]
     """
 
     callback_class: ClassVar[type[Rounds]]
-    ends_class: ClassVar[type[RoundEnds]]
     private_class: ClassVar[type[PrivateTraining]]
 
     def __init__(
@@ -177,17 +175,11 @@ class Collaboration(_Strategy):  # type: ignore[misc]
         assert self.lightning_module is not None
         callbacks: list[pl.Callback] = self.lightning_module.trainer.callbacks
         attached = [callback for callback in callbacks if isinstance(callback, Rounds)]
-        if not attached:
-            callbacks.append(self._callback)
-        else:
+        if attached:
             self._callback = attached[0]
-        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, RoundEnds)]
-        callbacks.insert(0, self.ends_class(self._callback))
-        if self._private is not None:
-            if self._private in callbacks:
-                callbacks.remove(self._private)
-            # First of all, so that nobody is sent, or handed, a gradient without noise.
-            callbacks.insert(0, self._private)
+        # Noise first of all, so that nobody is sent, or handed, a gradient without it.
+        first = [self._callback] if self._private is None else [self._private, self._callback]
+        callbacks[:] = [*first, *(callback for callback in callbacks if callback not in first)]
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         # Lightning makes new ones at each fit(): momentum would be lost and schedulers start over.
@@ -205,7 +197,7 @@ class Collaboration(_Strategy):  # type: ignore[misc]
         dataloader = super().process_dataloader(dataloader)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        self._callback.restore_loader(trainer, dataloader)
+        self._callback.restore_generators(trainer, dataloader)
         return dataloader if self._private is None else self._private.process_dataloader(trainer, dataloader)
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

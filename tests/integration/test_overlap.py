@@ -43,17 +43,15 @@ class Gated(MemoryBackend):
 
 
 class Opens(pl.Callback):
-    """Opens the gate after some steps of each round but the first, and when training ends."""
+    """Opens the gate after some steps of each round but the first, and when training is about to end."""
 
     def __init__(self, backend: Gated, steps: int) -> None:
         self._backend, self._steps = backend, steps
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step > BATCHES and trainer.global_step % BATCHES == self._steps:
+        step = trainer.global_step
+        if (step > BATCHES and step % BATCHES == self._steps) or step == 3 * BATCHES:
             self._backend.gate.set()
-
-    def on_train_end(self, *_: Any) -> None:
-        self._backend.gate.set()
 
 
 def asynchronous(url: str) -> ParameterServer:

@@ -77,7 +77,15 @@ class Ben(pl.Callback):
         self._url, self._server = url, server
         self._member: Participant | None = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._play()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        # After an epoch's last round not yet: its turn is pending when the other one leaves.
+        if not trainer.is_last_batch:
+            self._play()
+
+    def _play(self) -> None:
         rounds = {member.name: member.rounds for member in self._server.status().members}
         if rounds.get("anna", 0) == rounds.get("ben", 0):
             return
