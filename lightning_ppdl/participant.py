@@ -234,18 +234,19 @@ class Participant:
         Raises:
             ServerUnavailableError: if the server cannot be reached, and that is not to be gone on without.
         """
-        assert self._sent is not None
+        sent, self._sent = self._sent, None  # it holds a vector of P, and the message
+        assert sent is not None
         receipt, courier = self._exchange.receipt()
         self._take_back_lost()
-        report = self._sent.report(receipt)
+        report = sent.report(receipt)
         if not self.in_round:
             return report, None
         try:
-            taken = self._exchange.arrived(courier, self._sent.local)
+            taken = self._exchange.arrived(courier, sent.local)
         except ServerUnavailableError as error:
             self._train_alone(error)
             return report, None
-        self._progress = local - self._sent.local
+        self._progress = local - sent.local
         return report, self._start_from(*taken) + self._progress
 
     def started_from(self, local: Tensor) -> None:

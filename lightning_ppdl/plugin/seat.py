@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,8 +17,6 @@ from lightning_ppdl.plugin.settings import Settings
 from lightning_ppdl.privacy.account import Account
 from lightning_ppdl.privacy.mechanism import Exhausted
 from lightning_ppdl.round_report import RoundReport
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
